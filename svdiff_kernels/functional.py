@@ -1,0 +1,310 @@
+"""Spectral layers as functions: frozen projections round the one op, `ops.expand`.
+
+Every function comes twice. ``spectral_*`` takes sigma and delta, checks its arguments, and is what users call.
+``scaled_*`` takes what the ReLU has already made of them (the *gain*) and is what modules call, whose gains a bank
+computes for a whole model at once.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import frozen
+from .ops import expand
+
+IntPair = int | tuple[int, int]
+
+
+def spectral_gain(sigma: Tensor, delta: Tensor, *, residual: bool = False) -> Tensor:
+    """What multiplies ``Vh x``: ``relu(sigma + delta)``, or in the residual form that minus sigma.
+
+    The latter is taken as ``max(delta, -sigma)``, which loses no bits of a small delta. The gradient is exactly zero
+    where ``sigma + delta <= 0``.
+    """
+    if not residual:
+        return torch.relu(sigma + delta)
+    return torch.where(sigma + delta > 0, delta, -sigma)
+
+
+def spectral_linear(
+    x: Tensor,
+    U: Tensor,
+    sigma: Tensor,
+    Vh: Tensor,
+    delta: Tensor,
+    bias: Tensor | None = None,
+    *,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """A linear layer whose frozen weight ``U diag(sigma) Vh`` is shifted by delta along its singular directions.
+
+    Args:
+        x: ``[*, N]``.
+        U: ``[M, r]``, frozen, in x's dtype.
+        sigma: ``[r]``, fp32.
+        Vh: ``[r, N]``, frozen, in x's dtype.
+        delta: ``[r]``, fp32; or ``[S, r]`` for S samples, which split x's first dimension evenly.
+        bias: ``[M]``, frozen.
+        weight: ``[M, N]``: the residual form, ``weight @ x`` plus what delta changes; exact to the bit at delta = 0
+            in fp32, and right for factors of a lower rank than the weight.
+
+    Returns:
+        ``[*, M]`` in x's dtype (autocast's, under autocast).
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    _check_factors(U, sigma, Vh, delta, x.shape[0] if x.dim() > 1 else 1)
+    _check(Vh.dim() == 2, "Vh", Vh, "[r, N]")
+    _check(x.dim() > 0 and x.shape[-1] == Vh.shape[1], "x", x, f"[*, {Vh.shape[1]}]")
+    _check_optional(U, bias, weight, Vh.shape[1:])
+    return scaled_linear(x, U, spectral_gain(sigma, delta, residual=weight is not None), Vh, bias, weight=weight)
+
+
+def spectral_conv2d(
+    x: Tensor,
+    U: Tensor,
+    sigma: Tensor,
+    Vh: Tensor,
+    delta: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: IntPair = 1,
+    padding: IntPair | str = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """A 2-D convolution whose frozen kernel ``U diag(sigma) Vh`` is shifted by delta; see `spectral_linear`.
+
+    Args:
+        x: ``[B, C_in, H, W]`` or ``[C_in, H, W]``, in either memory format; the result keeps it.
+        U: ``[C_out, r]``.
+        sigma: ``[r]``.
+        Vh: ``[r, C_in / groups, kh, kw]``.
+        delta: ``[r]``, or ``[S, r]`` with S dividing B.
+        bias: ``[C_out]``, frozen.
+        stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`. With ``groups > 1`` U would mix groups,
+            so the kernel is recomposed in every call.
+        weight: ``[C_out, C_in / groups, kh, kw]``: the residual form.
+
+    Returns:
+        ``[B, C_out, H', W']`` (or without B).
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    _check(x.dim() in (3, 4), "x", x, "[B, C_in, H, W] or [C_in, H, W]")
+    _check_factors(U, sigma, Vh, delta, x.shape[0] if x.dim() == 4 else 1)
+    _check(Vh.dim() == 4, "Vh", Vh, "[r, C_in / groups, kh, kw]")
+    _check(x.shape[-3] == Vh.shape[1] * groups, "x", x, f"[*, {Vh.shape[1] * groups}, H, W]")
+    _check_optional(U, bias, weight, Vh.shape[1:])
+    gain = spectral_gain(sigma, delta, residual=weight is not None)
+    return scaled_conv2d(x, U, gain, Vh, bias, stride, padding, dilation, groups, weight=weight)
+
+
+def spectral_embedding(
+    ids: Tensor,
+    U: Tensor,
+    sigma: Tensor,
+    Vh: Tensor,
+    delta: Tensor,
+    *,
+    padding_idx: int | None = None,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """An embedding whose frozen table ``U diag(sigma) Vh`` is shifted by delta; see `spectral_linear`.
+
+    Args:
+        ids: integers of any shape; rows of the table.
+        U: ``[vocabulary, r]``.
+        sigma: ``[r]``.
+        Vh: ``[r, dim]``.
+        delta: ``[r]``, or ``[S, r]`` for S samples, which split the first dimension of ids evenly.
+        padding_idx: this row adds nothing to delta's gradient.
+        weight: ``[vocabulary, dim]``: the residual form.
+
+    Returns:
+        ``[*ids.shape, dim]``.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    _check_factors(U, sigma, Vh, delta, ids.shape[0] if ids.dim() else 1)
+    _check(Vh.dim() == 2, "Vh", Vh, "[r, dim]")
+    if ids.is_floating_point():
+        raise ValueError(f"ids must be integers, not {ids.dtype}")
+    _check_optional(U, None, weight, Vh.shape[1:])
+    gain = spectral_gain(sigma, delta, residual=weight is not None)
+    return scaled_embedding(ids, U, gain, Vh, padding_idx=padding_idx, weight=weight)
+
+
+def scaled_linear(
+    x: Tensor, U: Tensor, gain: Tensor, Vh: Tensor, bias: Tensor | None = None, *, weight: Tensor | None = None
+) -> Tensor:
+    """`spectral_linear` with its `spectral_gain` given."""
+    x, U, Vh, bias = _autocast(x, U, Vh, bias)
+    z = F.linear(x, Vh)
+    if weight is None:
+        return expand(z, U, _rows(gain), bias)
+    correction = expand(z, U, _rows(gain))
+    if _is_half(x):
+        return (frozen.linear_wide(x, weight, bias) + correction).to(x.dtype)
+    return F.linear(x, weight, bias).add_(correction)
+
+
+def scaled_conv2d(
+    x: Tensor,
+    U: Tensor,
+    gain: Tensor,
+    Vh: Tensor,
+    bias: Tensor | None = None,
+    stride: IntPair = 1,
+    padding: IntPair | str = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+    *,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """`spectral_conv2d` with its `spectral_gain` given."""
+    if x.dim() == 3:
+        return scaled_conv2d(x[None], U, gain, Vh, bias, stride, padding, dilation, groups, weight=weight)[0]
+    if groups > 1:
+        return recomposed_conv2d(x, U, gain, Vh, bias, stride, padding, dilation, groups, weight=weight)
+    x, U, Vh, bias = _autocast(x, U, Vh, bias)
+    stride, dilation = _pair(stride), _pair(dilation)
+    x, padding = _resolve_padding(x, padding, dilation, Vh)
+    z = frozen.conv2d(x, Vh, None, stride, padding, dilation)
+    # [B, r, H', W'] -> [B, P, r]: a view in either memory format, which expand keeps.
+    y = expand(z.flatten(2).transpose(1, 2), U, _rows(gain), bias if weight is None else None)
+    y = y.transpose(1, 2).unflatten(2, z.shape[2:])
+    if weight is None:
+        return y
+    if _is_half(x):
+        base = frozen.conv2d(x, weight, bias, stride, padding, dilation, wide=True)
+        return (base + y).to(x.dtype)
+    return frozen.conv2d(x, weight, bias, stride, padding, dilation).add_(y)
+
+
+def scaled_embedding(
+    ids: Tensor,
+    U: Tensor,
+    gain: Tensor,
+    Vh: Tensor,
+    *,
+    padding_idx: int | None = None,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """`spectral_embedding` with its `spectral_gain` given."""
+    y = expand(F.embedding(ids, U), Vh.T, _rows(gain))
+    if padding_idx is not None:
+        y = torch.where((ids == padding_idx)[..., None], y.detach(), y)
+    if weight is None:
+        return y
+    base = F.embedding(ids, weight)
+    return base + y if not _is_half(y) else (base.float() + y).to(y.dtype)
+
+
+def recomposed_weight(U: Tensor, gain: Tensor, Vh: Tensor, weight: Tensor | None = None) -> Tensor:
+    """``U diag(gain) Vh`` (plus weight), built in fp32, with one rounding to U's dtype; shaped as the weight is."""
+    W = (U * gain) @ Vh.flatten(1).to(gain.dtype)
+    W = W.view(U.shape[0], *Vh.shape[1:])
+    return (W if weight is None else weight + W).to(U.dtype)
+
+
+def recomposed_linear(
+    x: Tensor, U: Tensor, gain: Tensor, Vh: Tensor, bias: Tensor | None = None, *, weight: Tensor | None = None
+) -> Tensor:
+    """`scaled_linear` the naive way: the weight is rebuilt, and autograd keeps x."""
+    parts = _by_sample(x, gain)
+    return torch.cat([F.linear(part, recomposed_weight(U, g, Vh, weight), bias) for part, g in parts])
+
+
+def recomposed_conv2d(
+    x: Tensor,
+    U: Tensor,
+    gain: Tensor,
+    Vh: Tensor,
+    bias: Tensor | None = None,
+    stride: IntPair = 1,
+    padding: IntPair | str = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+    *,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """`scaled_conv2d` the naive way; the only one for a grouped conv."""
+    outputs = [
+        F.conv2d(part, recomposed_weight(U, g, Vh, weight), bias, stride, padding, dilation, groups)
+        for part, g in _by_sample(x, gain)
+    ]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _by_sample(x: Tensor, gain: Tensor) -> list[tuple[Tensor, Tensor]]:
+    gains = _rows(gain)
+    return list(zip(x.chunk(len(gains)) if len(gains) > 1 else (x,), gains, strict=True))
+
+
+def _rows(gain: Tensor) -> Tensor:
+    return gain if gain.dim() == 2 else gain[None]
+
+
+def _is_half(x: Tensor) -> bool:
+    return x.dtype in (torch.bfloat16, torch.float16)
+
+
+def _autocast(x: Tensor, U: Tensor, Vh: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """What autocast would do to a plain layer's arguments. The gain is not among them: it stays fp32."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return x, U, Vh, bias
+    dtype = torch.get_autocast_dtype(kind)
+    return x.to(dtype), U.to(dtype), Vh.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _pair(value: IntPair) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def _resolve_padding(
+    x: Tensor, padding: IntPair | str, dilation: tuple[int, int], kernel: Tensor
+) -> tuple[Tensor, tuple[int, int]]:
+    """Padding as two numbers; x is padded here where "same" means more on the far side."""
+    if not isinstance(padding, str):
+        return x, _pair(padding)
+    if padding == "valid":
+        return x, (0, 0)
+    if padding != "same":
+        raise ValueError(f"padding must be a number, a pair, 'same' or 'valid', not {padding!r}")
+    h, w = (d * (k - 1) for d, k in zip(dilation, kernel.shape[2:], strict=True))
+    if h % 2 or w % 2:
+        x = F.pad(x, (0, w % 2, 0, h % 2))
+    return x, (h // 2, w // 2)
+
+
+def _check(ok: bool, name: str, tensor: Tensor, wanted: str) -> None:
+    if not ok:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {wanted}")
+
+
+def _check_factors(U: Tensor, sigma: Tensor, Vh: Tensor, delta: Tensor, first: int) -> None:
+    _check(sigma.dim() == 1, "sigma", sigma, "[r]")
+    r = sigma.shape[0]
+    _check(U.dim() == 2 and U.shape[1] == r, "U", U, f"[M, {r}]")
+    _check(Vh.dim() > 1 and Vh.shape[0] == r, "Vh", Vh, f"[{r}, ...]")
+    _check(delta.dim() in (1, 2) and delta.shape[-1] == r, "delta", delta, f"[{r}] or [S, {r}]")
+    if delta.dim() == 2 and (delta.shape[0] == 0 or first % delta.shape[0]):
+        raise ValueError(
+            f"delta is for {delta.shape[0]} samples, which do not split the first dimension, {first}, evenly"
+        )
+
+
+def _check_optional(U: Tensor, bias: Tensor | None, weight: Tensor | None, inner: torch.Size) -> None:
+    M = U.shape[0]
+    if bias is not None:
+        _check(tuple(bias.shape) == (M,), "bias", bias, f"[{M}]")
+    if weight is not None:
+        _check(weight.shape == (M, *inner), "weight", weight, str([M, *inner]))
