@@ -3,9 +3,12 @@
 Importing this touches no GPU, compiles nothing, and needs torch and safetensors alone.
 """
 
-from . import reference  # noqa: F401  (registers the op's fallback)
-from . import nn
+from . import (
+    backends,  # noqa: F401  (chooses and registers the op's kernels)
+    nn,
+)
 from .bank import Bank
+from .cache import FactorCache
 from .decompose import decompose
 from .errors import SVDiffError
 from .factors import Factors
@@ -15,6 +18,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Bank",
+    "FactorCache",
     "Factors",
     "SVDiffError",
     "__version__",

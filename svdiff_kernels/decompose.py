@@ -40,7 +40,7 @@ def decompose(
     All arithmetic is fp64. Signs are fixed: the entry of largest magnitude in each column of U is positive.
 
     Args:
-        weight: ``[M, N]``, or a conv weight ``[C_out, C_in, kh, kw]`` taken as ``[C_out, C_in*kh*kw]``; any float dtype.
+        weight: ``[M, N]``, or a conv weight ``[C_out, C_in, kh, kw]`` taken as ``[C_out, C_in*kh*kw]``; any float.
         rank: keep this many singular values (at most ``min(M, N)`` exist); None keeps all.
         method: "gram" (eigenvectors of the Gram matrix of the short side; fast, wants ``sigma_min >= 1e-6 sigma_max``),
             "svd" (LAPACK), or "auto": gram, and svd where the spectrum is too wide for it.

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import frozen
 from .ops import expand
 
-IntPair = int | tuple[int, int]
+IntPair = int | tuple[int, ...]
 
 
 def spectral_gain(sigma: Tensor, delta: Tensor, *, residual: bool = False) -> Tensor:

@@ -186,6 +186,11 @@ class SpectralLinear(_SpectralMatrix):
 class SpectralConv2d(_SpectralMatrix):
     """`functional.spectral_conv2d` as a module; stands in for `nn.Conv2d`. A grouped one is always recomposed."""
 
+    kernel_size: Any  # pairs, as nn.Conv2d keeps them
+    stride: Any
+    padding: Any
+    dilation: Any
+
     def __init__(self, module: nn.Conv2d, factors: Factors, form: str) -> None:
         super().__init__(module.weight, factors, form, module.bias)
         self.in_channels, self.out_channels = module.in_channels, module.out_channels

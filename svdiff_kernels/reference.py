@@ -22,22 +22,23 @@ def _scaled(z: Tensor, scale: Tensor) -> Tensor:
     return (_by_sample(z, S) * scale.view(S, *(1,) * (z.dim() - 1), r)).flatten(0, 1).to(z.dtype)
 
 
+def _product(z: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``z @ W + bias``, laid out as z is."""
+    if not columns_dense(z):
+        return F.linear(z, W.T, bias)
+    y = torch.bmm(W.T.expand(z.shape[0], -1, -1), z.transpose(1, 2))  # [B, columns, P]
+    return (y if bias is None else y.add_(bias[:, None])).transpose(1, 2)
+
+
 def expand(z: Tensor, U: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """See `ops.expand`."""
-    scaled = _scaled(z, scale)
-    if not columns_dense(z):
-        return F.linear(scaled, U, bias)
-    y = torch.bmm(U.expand(z.shape[0], -1, -1), scaled.transpose(1, 2))  # [B, M, P]
-    return (y if bias is None else y.add_(bias[:, None])).transpose(1, 2)
+    return _product(_scaled(z, scale), U.T, bias)
 
 
 def expand_backward(dy: Tensor, z: Tensor | None, U: Tensor, scale: Tensor, need_dz: bool) -> tuple[Tensor, Tensor]:
     """Gradients of `expand`: ``(dz, dscale)``, each empty where it is not wanted; dscale is wanted if z is given."""
     S, r = scale.shape
-    if columns_dense(dy):
-        b = torch.bmm(U.T.expand(dy.shape[0], -1, -1), dy.transpose(1, 2)).transpose(1, 2)  # [B, P, r]
-    else:
-        b = dy @ U  # [*, r]
+    b = _product(dy, U)
     dscale = scale.new_empty(0)
     if z is not None:
         products = z.to(scale.dtype) * b

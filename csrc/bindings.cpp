@@ -1,0 +1,27 @@
+// svdiff_kernels._C: loading it registers the CPU kernels; what it exports says how they were built.
+
+#include <pybind11/pybind11.h>
+#include <torch/version.h>
+
+namespace {
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["torch"] = TORCH_VERSION;
+#if defined(__VERSION__)
+  info["compiler"] = __VERSION__;
+#endif
+#if defined(_OPENMP)
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "CPU kernels of svdiff_kernels";
+  m.def("build_info", &build_info, "What the extension was compiled with.");
+}
