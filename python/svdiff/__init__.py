@@ -1,0 +1,61 @@
+"""SVDiff for diffusers: fine-tune text-to-image models by the singular values of their weights.
+
+Example::
+
+    adapter = svdiff.attach(pipeline)  # train adapter.param_groups() with any optimiser
+    adapter.save_weights("my-subject")
+    svdiff.load(another_pipeline, "my-subject")
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .adapter import Adapter
+    from .attach import attach, load
+    from .generate import GenerateConfig, GenerateResult, generate
+    from .train import TrainConfig, TrainResult, train
+
+__all__ = [
+    "Adapter",
+    "GenerateConfig",
+    "GenerateResult",
+    "TrainConfig",
+    "TrainResult",
+    "attach",
+    "generate",
+    "load",
+    "train",
+]
+
+_HOMES = {
+    "Adapter": "adapter",
+    "attach": "attach",
+    "load": "attach",
+    **dict.fromkeys(("GenerateConfig", "GenerateResult", "generate"), "generate"),
+    **dict.fromkeys(("TrainConfig", "TrainResult", "train"), "train"),
+}
+
+
+class _Package(ModuleType):
+    """Imports its members on first use, since torch takes seconds and ``svdiff --help`` should not."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _HOMES and isinstance(value, ModuleType):
+            return  # importing the module svdiff.train must not hide the function svdiff.train
+        super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *_HOMES]
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,188 @@
+"""attach: make a model's layers spectral. load: the same, for what a delta file needs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from torch import Tensor, nn
+
+from svdiff_kernels import FactorCache, Factors, SVDiffError, decompose
+from svdiff_kernels.nn import SpectralModule
+
+from . import checkpoint
+from .adapter import Adapter
+from .attached import ONE_DIM_LAYERS, AttachedModel, layout_of
+from .checkpoint import DeltaFile, Layout
+from .parking import ParkingLot
+from .pipelines import denoiser_of, text_encoders_of
+from .targets import select
+
+Form = Literal["auto", "factored", "residual", "recomposed"]
+OneDim = Literal["vector", "scalar", "none"]
+
+
+def attach(
+    model_or_pipeline: Any,
+    *,
+    targets: str | Collection[str] = "all",
+    rank: int | None = None,
+    form: Form = "auto",
+    one_dim: OneDim = "vector",
+    cache: FactorCache | bool | None = None,
+    text_encoder: bool = False,
+) -> Adapter:
+    """Give a model's layers spectral shifts: one trainable, active adapter "default", at zero.
+
+    The model computes what it did before, everything else in it is frozen, and `Adapter.unload` undoes it all.
+
+    Args:
+        model_or_pipeline: a UNet, transformer or text encoder, or a diffusers pipeline that holds them.
+        targets: which layers of the denoiser: "all", "cross_attn", "cross_attn_kv", "up", "down", "mid", a regular
+            expression searched for in module paths, or a collection of the very paths. A pipeline's text encoders are
+            taken whole.
+        rank: train this many largest singular values of each weight; None trains all.
+        form: "factored" (the weight is dropped from memory), "residual" (it stays, and the base is exact to the bit),
+            "recomposed" (rebuilt in every call), or "auto": residual below full rank, else factored.
+        one_dim: weights of norms as vectors, as one scalar each (svdiff-pytorch's way), or not at all ("none").
+        cache: where decompositions are kept; None or True is the user's cache, False is none.
+        text_encoder: of a pipeline, take the text encoders too.
+
+    Raises:
+        SVDiffError: the model has spectral or PEFT layers already, `targets` matches nothing, or a weight holds NaN or
+            inf. The model is then as it was.
+    """
+    if one_dim not in get_args(OneDim):
+        raise SVDiffError(f"one_dim {one_dim!r} is not one of {', '.join(get_args(OneDim))}")
+    if rank is not None and rank < 1:
+        raise SVDiffError(f"rank must be at least 1, not {rank}")
+    models = _models_of(model_or_pipeline)
+    lone = isinstance(model_or_pipeline, nn.Module)
+    chosen = {
+        role: select(
+            model,
+            targets if lone or role == "denoiser" else "all",
+            one_dim=one_dim != "none",
+            embeddings=role != "denoiser",
+        )
+        for role, model in models.items()
+        if lone or text_encoder or role == "denoiser"
+    }
+    base_model = _base_model_of(model_or_pipeline)
+    layouts = {
+        role: layout_of(modules, rank=rank, one_dim=one_dim, base_model=base_model) for role, modules in chosen.items()
+    }
+    return _attach(models, chosen, layouts, form, cache)
+
+
+def load(
+    model_or_pipeline: Any,
+    path: str | os.PathLike[str],
+    *,
+    form: Form = "auto",
+    cache: FactorCache | bool | None = None,
+) -> Adapter:
+    """Attach just what a delta file needs, and load the file as the active adapter "default".
+
+    Args:
+        model_or_pipeline: see `attach`.
+        path: a folder with delta files, or the denoiser's file; svdiff-pytorch's files will do.
+        form: see `attach`.
+        cache: see `attach`.
+
+    Raises:
+        SVDiffError: no file, a damaged one, or one for another base. The model is then as it was.
+    """
+    models = _models_of(model_or_pipeline)
+    files = {role: checkpoint.read(file) for role, file in checkpoint.find_files(path).items()}
+    if isinstance(model_or_pipeline, nn.Module):
+        files = {role: file for role, file in files.items() if role in models}
+    if absent := [role for role in files if role not in models]:
+        raise SVDiffError(f"{files[absent[0]].path} is for a {absent[0]}, which this pipeline does not have")
+    if not files:
+        raise SVDiffError(f"{path} holds no shifts for a {next(iter(models))}")
+    base_model = _base_model_of(model_or_pipeline)
+    chosen, layouts, deltas = {}, {}, {}
+    for role, file in files.items():
+        possible = select(models[role], embeddings=role != "denoiser")
+        paths = {checkpoint.model_path(p, possible) for p in file.deltas}
+        chosen[role] = {p: module for p, module in possible.items() if p in paths}
+        layouts[role] = layout_of(
+            chosen[role], rank=_rank_of(file), one_dim=_one_dim_of(file, possible), base_model=base_model
+        )
+        deltas[role] = file.for_layout(layouts[role])  # before decomposing for nothing
+    adapter = _attach(models, chosen, layouts, form, cache)
+    adapter.load_deltas(deltas)
+    return adapter
+
+
+def _attach(
+    models: Mapping[str, nn.Module],
+    chosen: Mapping[str, Mapping[str, nn.Module]],
+    layouts: Mapping[str, Layout],
+    form: str,
+    cache: FactorCache | bool | None,
+) -> Adapter:
+    if form not in get_args(Form):
+        raise SVDiffError(f"form {form!r} is not one of {', '.join(get_args(Form))}")
+    store = FactorCache() if cache is None or cache is True else cache or None
+    lot = ParkingLot(None if store is None else Path(store.dir))
+    attached: list[AttachedModel] = []
+    try:
+        for role, modules in chosen.items():
+            layout = layouts[role]
+
+            def factors_of(weight: Tensor, rank: int | None = layout.rank) -> Factors:
+                return decompose(weight, rank) if store is None else store.get(weight, rank)
+
+            _check_plain(models[role])
+            part = AttachedModel(role, models[role], modules, layout, form=form, factors_of=factors_of, lot=lot)
+            attached.append(part)
+    except BaseException:
+        for part in attached:
+            part.detach()
+        lot.close()
+        raise
+    return Adapter(attached, lot, left_out=models.keys() - chosen.keys())
+
+
+def _models_of(model_or_pipeline: Any) -> dict[str, nn.Module]:
+    """What can be adapted, by its role in a pipeline."""
+    if isinstance(model_or_pipeline, nn.Module):
+        from_transformers = any(c.__module__.startswith("transformers.") for c in type(model_or_pipeline).__mro__)
+        return {"text_encoder" if from_transformers else "denoiser": model_or_pipeline}
+    return {"denoiser": denoiser_of(model_or_pipeline), **text_encoders_of(model_or_pipeline)}
+
+
+def _base_model_of(model_or_pipeline: Any) -> str:
+    """Hub id of the base, or the last part of its folder's path: files are shared, folders are private."""
+    config = getattr(model_or_pipeline, "config", None)
+    name = str(getattr(config, "_name_or_path", None) or type(model_or_pipeline).__name__)
+    return Path(name).name if os.path.isabs(name) or os.path.exists(name) else name
+
+
+def _check_plain(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, SpectralModule):
+            raise SVDiffError(f"{type(model).__name__} has spectral layers already ({path}): unload its adapter first")
+        if hasattr(module, "base_layer"):
+            raise SVDiffError(f"{type(model).__name__} has PEFT layers ({path}): merge or unload them first")
+
+
+def _rank_of(file: DeltaFile) -> int | None:
+    rank = file.metadata.get("rank", "full")
+    if rank != "full" and not (rank.isdecimal() and int(rank) > 0):
+        raise SVDiffError(f"{file.path}: its metadata gives rank {rank!r}")
+    return None if rank == "full" else int(rank)
+
+
+def _one_dim_of(file: DeltaFile, possible: Mapping[str, nn.Module]) -> OneDim:
+    """From the shapes, which files without metadata have too."""
+    sizes = {
+        delta.numel()
+        for path, delta in file.deltas.items()
+        if type(possible.get(checkpoint.model_path(path, possible))) in ONE_DIM_LAYERS
+    }
+    return "none" if not sizes else "scalar" if sizes == {1} else "vector"

@@ -1,0 +1,142 @@
+"""One model whose layers have been replaced by spectral ones, and the way back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from svdiff_kernels import Bank, Factors, SVDiffError
+from svdiff_kernels import nn as snn
+from svdiff_kernels.cache import content_hash
+from svdiff_kernels.nn import SpectralModule
+
+from .checkpoint import Layout
+from .parking import ParkingLot, Ticket
+from .progress import progress_bar
+
+MATRIX_LAYERS: dict[type[nn.Module], Any] = {
+    nn.Linear: snn.SpectralLinear,
+    nn.Conv2d: snn.SpectralConv2d,
+    nn.Embedding: snn.SpectralEmbedding,
+}
+ONE_DIM_LAYERS: dict[type[nn.Module], Any] = {
+    nn.LayerNorm: snn.SpectralLayerNorm,
+    nn.GroupNorm: snn.SpectralGroupNorm,
+}
+
+
+def layout_of(modules: Mapping[str, nn.Module], *, rank: int | None, one_dim: str, base_model: str) -> Layout:
+    """What a delta file for these modules holds; reads every weight once.
+
+    Raises:
+        SVDiffError: a weight holds NaN or inf, or has no values yet.
+    """
+    shapes, hashes = {}, {}
+    for path, module in modules.items():
+        weight = _weight_of(module)
+        if weight.is_meta:
+            raise SVDiffError(f"{path}.weight has no values (it is on the meta device): load the model first")
+        if not torch.isfinite(weight).all():
+            raise SVDiffError(f"the base model is damaged: {path}.weight holds NaN or inf")
+        if type(module) in ONE_DIM_LAYERS:
+            size = 1 if one_dim == "scalar" else weight.numel()
+        else:
+            size = min(weight.shape[0], weight[0].numel(), rank or weight.shape[0])
+        shapes[path], hashes[path] = torch.Size([size]), content_hash(weight)
+    return Layout(shapes, hashes, rank, one_dim, base_model)
+
+
+class AttachedModel:
+    """A model with spectral layers in it.
+
+    Attributes:
+        role: what the model is to its pipeline: "denoiser", "text_encoder", ...
+        model: the model itself.
+        layout: what a delta file of it holds.
+        bank: its shifts.
+
+    Args:
+        role: see above.
+        model: see above. On any exception it is left as it was.
+        modules: what to replace, by path.
+        layout: of these modules.
+        form: "auto", "factored", "residual" or "recomposed".
+        factors_of: gives the factors of a weight.
+        lot: where weights go that their spectral layers do without; one at a time, so that memory never holds all
+            weights and all factors.
+    """
+
+    def __init__(
+        self,
+        role: str,
+        model: nn.Module,
+        modules: Mapping[str, nn.Module],
+        layout: Layout,
+        *,
+        form: str,
+        factors_of: Callable[[Tensor], Factors],
+        lot: ParkingLot,
+    ) -> None:
+        self.role, self.model, self.layout = role, model, layout
+        self._originals = dict(modules)
+        self._layers: dict[str, SpectralModule] = {}
+        self._tickets: dict[str, Ticket] = {}
+        self._lot = lot
+        self._requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        try:
+            self._make_layers(form, factors_of)
+            self._swap({id(self._originals[path]): layer for path, layer in self._layers.items()})
+            model.requires_grad_(False)
+            self.bank = Bank(self._layers, root=model)
+        except BaseException:
+            self._restore()
+            raise
+
+    def detach(self) -> None:
+        """Put the original layers back, with their weights to the bit (cast, if the model has been cast since)."""
+        self.bank.release()
+        self._restore()
+
+    def _make_layers(self, form: str, factors_of: Callable[[Tensor], Factors]) -> None:
+        holders = Counter(id(p) for module in self.model.modules() for p in module._parameters.values())
+        for path, original in progress_bar(self._originals.items(), "Decomposing", delay=3):
+            if maker := ONE_DIM_LAYERS.get(type(original)):
+                layer = maker.from_module(original, mode=self.layout.one_dim)
+            else:
+                weight = _weight_of(original)
+                own_form = "auto" if getattr(original, "groups", 1) > 1 else form  # grouped: nn knows the only one
+                layer = MATRIX_LAYERS[type(original)].from_module(original, factors_of(weight), form=own_form)
+                if layer.base is None and holders[id(weight)] == 1:  # a shared weight stays, for who shares it
+                    self._tickets[path] = self._lot.park(weight)
+                    weight.data = weight.data.new_empty(0)
+            self._layers[path] = layer.train(original.training)
+
+    def _swap(self, substitutes: Mapping[int, nn.Module]) -> None:
+        for parent in list(self.model.modules()):
+            for name, child in parent._modules.items():
+                if id(child) in substitutes:
+                    parent._modules[name] = substitutes[id(child)]
+
+    def _restore(self) -> None:
+        self._swap({id(layer): self._originals[path] for path, layer in self._layers.items()})
+        for path, layer in self._layers.items():
+            original = self._originals[path]
+            weight = _weight_of(original)
+            like = layer.weight  # for its device and dtype, which follow the model's
+            ticket, base = self._tickets.get(path), getattr(layer, "base", None)
+            content = weight.data if base is None else base
+            weight.data = (content if ticket is None else self._lot.fetch(ticket)).to(like.device, like.dtype)
+            if layer.bias is not None:
+                original.bias.data = layer.bias.data  # type: ignore[union-attr]
+            original.train(layer.training)
+        for parameter, flag in self._requires_grad:
+            parameter.requires_grad_(flag)
+
+
+def _weight_of(module: nn.Module) -> nn.Parameter:
+    assert isinstance(module.weight, nn.Parameter)  # what `targets.select` chooses by
+    return module.weight

@@ -1,0 +1,119 @@
+"""The command line: ``svdiff <command> --flags``.
+
+Each command is a function of one dataclass, and the flags are that dataclass's fields: what a script can do, a Python
+program can. A user's mistake is one line on standard error and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+
+@dataclass(frozen=True)
+class Command:
+    """Where a command lives; nothing is imported before it is asked for."""
+
+    summary: str
+    module: str
+    config: str
+    function: str
+    positional: str | None = None  # a flag whose name may be left out, first of all
+
+
+COMMANDS = {
+    "train": Command("teach a model a subject from a few pictures", "svdiff.train", "TrainConfig", "train"),
+    "generate": Command("make pictures, with or without shifts", "svdiff.generate", "GenerateConfig", "generate"),
+    "demo": Command("the whole job in minutes on the built-in miniature model", "svdiff.demo", "DemoConfig", "demo"),
+    "cache": Command(
+        "list, verify or prune the stored decompositions", "svdiff.cache", "CacheConfig", "cache", "action"
+    ),
+    "info": Command("what is built, what is used, and why not the rest", "svdiff.info", "InfoConfig", "info"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 after a user's mistake, 130 after Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    name = _command_name(argv[:1])
+    _quieten_libraries()
+    from svdiff_kernels import SVDiffError  # from here on imports take seconds
+
+    try:
+        command = COMMANDS[name]
+        module = importlib.import_module(command.module)
+        config = _parse(name, command, getattr(module, command.config), argv[1:])
+        function: Callable[[Any], object] = getattr(module, command.function)
+        result = function(config)
+        if result is not None:
+            print(result)
+        return 0
+    except SVDiffError as error:
+        print(f"svdiff: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaint is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"svdiff: error: {message} (see {self.prog} --help)\n")
+
+
+def _command_name(argv: list[str]) -> str:
+    parser = _Parser(
+        prog="svdiff",
+        description="Fine-tune text-to-image models by the singular values of their weights.",
+        epilog="svdiff <command> --help lists a command's flags",
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(dest="command", metavar="<command>", required=True)
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=command.summary, add_help=False)
+    return str(parser.parse_args(argv).command)
+
+
+def _parse(name: str, command: Command, config: type, argv: list[str]) -> Any:
+    from transformers import HfArgumentParser
+
+    class ConfigParser(HfArgumentParser, _Parser):
+        pass
+
+    if command.positional and argv and not argv[0].startswith("-"):
+        argv = [f"--{command.positional}", *argv]
+    parser = ConfigParser(config, prog=f"svdiff {name}", description=command.summary, allow_abbrev=False)
+    parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    if unknown:
+        parser.error(f"unknown argument {unknown[0]}")
+    return parsed
+
+
+def _quieten_libraries() -> None:
+    """Other libraries' notices and bars would bury ours."""
+    for variable in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(variable, "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.simplefilter("ignore", FutureWarning)
+    warnings.simplefilter("ignore", DeprecationWarning)
+    warnings.showwarning = lambda message, *_, **__: print(f"svdiff: warning: {message}", file=sys.stderr)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("svdiff-kernels")
+    except PackageNotFoundError:
+        return "unknown (not installed)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""svdiff generate: pictures from a base model, with or without spectral shifts."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from svdiff_kernels import SVDiffError
+
+from . import checkpoint
+from .attach import Form, load
+from .outputs import run_directory, write_run_file
+from .pipelines import (
+    check_resolution,
+    default_resolution,
+    device_of_choice,
+    load_pipeline,
+    set_scheduler,
+)
+from .sampling import grid, sample, save_picture, slug
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass
+class GenerateConfig:
+    """Settings of `generate`; each is a flag of ``svdiff generate``."""
+
+    pretrained_model_name_or_path: str = field(metadata={"help": "folder, hub id, or miniature"})
+    prompt: list[str] = field(metadata={"help": "what to draw; several prompts may be given"})
+    output_dir: str = field(default="outputs/generate", metadata={"help": "a new folder for the pictures"})
+    spectral_shifts_ckpt: str | None = field(
+        default=None, metadata={"help": "folder or file with trained shifts; without it the base model draws"}
+    )
+    spectral_shifts_scale: float = field(default=1.0, metadata={"help": "weight of the shifts"})
+    negative_prompt: str | None = field(default=None, metadata={"help": "what not to draw"})
+    num_images_per_prompt: int = field(default=1, metadata={"help": "pictures of each prompt"})
+    batch_size: int = field(default=4, metadata={"help": "pictures drawn at a time"})
+    num_inference_steps: int = field(default=50, metadata={"help": "steps of the scheduler"})
+    guidance_scale: float = field(default=7.5, metadata={"help": "classifier-free guidance; 1 is none"})
+    scheduler_type: str | None = field(
+        default=None, metadata={"help": "ddim, dpm++, euler, ...; default: the model's own"}
+    )
+    height: int | None = field(default=None, metadata={"help": "pixels; default: what the model was trained at"})
+    width: int | None = field(default=None, metadata={"help": "pixels; default: what the model was trained at"})
+    seed: int = field(default=0, metadata={"help": "of the first picture; the next has the next seed"})
+    dtype: Literal["fp32", "fp16", "bf16"] = field(default="fp32", metadata={"help": "precision of the model"})
+    device: str = field(default="auto", metadata={"help": "cpu, cuda, ...; auto: the accelerator, if there is one"})
+    form: Form = field(default="auto", metadata={"help": "how spectral layers compute"})
+    revision: str | None = field(default=None, metadata={"help": "branch, tag or commit on the hub"})
+    variant: str | None = field(default=None, metadata={"help": "of the weight files, such as fp16"})
+    overwrite: bool = field(default=False, metadata={"help": "replace an earlier run in output_dir"})
+
+
+@dataclass(frozen=True)
+class GenerateResult:
+    """What `generate` made.
+
+    Attributes:
+        output_dir: the folder.
+        pictures: files, prompt by prompt.
+        grid: one file with all of them, a row per prompt.
+    """
+
+    output_dir: Path
+    pictures: list[Path]
+    grid: Path
+
+    def __str__(self) -> str:
+        return f"{len(self.pictures)} pictures in {self.output_dir}, all of them in {self.grid.name}"
+
+
+def generate(config: GenerateConfig) -> GenerateResult:
+    """Draw pictures into a new folder, which appears when all are done.
+
+    Raises:
+        SVDiffError: anything wrong with the settings, the model or the shifts; no folder is made then.
+    """
+    _check(config)
+    with run_directory(config.output_dir, overwrite=config.overwrite) as staging:
+        device = device_of_choice(config.device)
+        pipeline = load_pipeline(config.pretrained_model_name_or_path, revision=config.revision, variant=config.variant)
+        side = default_resolution(pipeline)
+        resolution = config.height or side, config.width or side
+        check_resolution(pipeline, *resolution)
+        if config.scheduler_type is not None:
+            set_scheduler(pipeline, config.scheduler_type)
+        if config.spectral_shifts_ckpt is not None:
+            load(pipeline, config.spectral_shifts_ckpt, form=config.form).set_adapters(
+                "default", config.spectral_shifts_scale
+            )
+        pipeline.to(device, DTYPES[config.dtype])  # after the shifts: factors are made from fp32 weights
+
+        count = config.num_images_per_prompt
+        prompts = [prompt for prompt in config.prompt for _ in range(count)]
+        seeds = [config.seed + i for i in range(len(prompts))]
+        images = sample(
+            pipeline,
+            prompts,
+            seeds,
+            batch_size=config.batch_size,
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+            resolution=resolution,
+            negative_prompt=config.negative_prompt,
+        )
+        drawn, names = [], []
+        for i, (image, prompt, seed) in enumerate(zip(images, prompts, seeds, strict=True)):
+            names.append(f"{i // count:03d}_{slug(prompt)}_seed{seed}.png")
+            save_picture(image, staging / names[-1])
+            drawn.append(image)
+        save_picture(grid(drawn, count if len(config.prompt) > 1 else min(count, 8)), staging / "grid.png")
+        pictures = [
+            {"file": name, "prompt": prompt, "seed": seed}
+            for name, prompt, seed in zip(names, prompts, seeds, strict=True)
+        ]
+        write_run_file(staging, "generate", asdict(config), pictures=pictures)
+    output_dir = Path(config.output_dir)
+    return GenerateResult(output_dir, [output_dir / name for name in names], output_dir / "grid.png")
+
+
+def _check(config: GenerateConfig) -> None:
+    if not config.prompt or not all(prompt.strip() for prompt in config.prompt):
+        raise SVDiffError("a prompt is empty: say what to draw")
+    for name in ("num_images_per_prompt", "batch_size", "num_inference_steps"):
+        if getattr(config, name) < 1:
+            raise SVDiffError(f"{name} must be at least 1, not {getattr(config, name)}")
+    if config.dtype not in DTYPES:
+        raise SVDiffError(f"dtype {config.dtype!r} is not one of {', '.join(DTYPES)}")
+    if config.spectral_shifts_ckpt is not None:
+        for file in checkpoint.find_files(config.spectral_shifts_ckpt).values():
+            checkpoint.read(file)  # a bad file need not wait for the model to load

@@ -1,0 +1,150 @@
+"""Base models: loaded from a folder, a hub id or the miniature, checked, and given schedulers by their common names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from svdiff_kernels import SVDiffError
+
+SCHEDULERS = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {}),
+    "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "dpm_solver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "plms": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+"""Names for ``--scheduler_type``: the class in diffusers, and settings that the name stands for."""
+
+DENOISERS = ("unet", "transformer")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+def load_pipeline(
+    name_or_path: str, *, revision: str | None = None, variant: str | None = None, dtype: torch.dtype = torch.float32
+) -> Any:
+    """A diffusers pipeline on the CPU, from safetensors only, without a safety checker.
+
+    Args:
+        name_or_path: a folder, a hub id, or ``miniature``.
+        revision: branch, tag or commit on the hub.
+        variant: of the weight files, such as ``fp16``.
+        dtype: of its weights.
+
+    Raises:
+        SVDiffError: no such model, files missing, or a weight that holds NaN or inf.
+    """
+    if name_or_path == "miniature":
+        from svdiff.miniature import load_pipeline as load_miniature
+
+        return load_miniature().to(dtype)
+    folder = Path(name_or_path).expanduser()
+    if not name_or_path.strip():
+        raise SVDiffError("the name of the pretrained model is empty: give a folder, a hub id, or miniature")
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise SVDiffError(f"{folder} is no diffusers pipeline: it has no model_index.json")
+
+    from diffusers import DiffusionPipeline
+
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(
+            str(folder) if folder.is_dir() else name_or_path,
+            revision=revision,
+            variant=variant,
+            torch_dtype=dtype,
+            use_safetensors=True,
+            safety_checker=None,
+            requires_safety_checker=False,
+        )
+    except Exception as error:  # whatever a damaged folder makes of the loaders of three libraries
+        raise SVDiffError(f"cannot load the model {name_or_path}: {' '.join(str(error).split())}") from error
+    for part in (*DENOISERS, *TEXT_ENCODERS, "vae"):
+        if isinstance(module := getattr(pipeline, part, None), nn.Module):
+            _check_finite(part, module)
+    return pipeline
+
+
+def set_scheduler(pipeline: Any, scheduler_type: str) -> None:
+    """Swap the pipeline's sampler for one of `SCHEDULERS`, with the noise schedule kept.
+
+    Raises:
+        SVDiffError: no scheduler of this name, or a library that it needs is missing.
+    """
+    import diffusers
+
+    if scheduler_type not in SCHEDULERS:
+        raise SVDiffError(f"scheduler_type {scheduler_type!r} is not one of {', '.join(SCHEDULERS)}")
+    name, settings = SCHEDULERS[scheduler_type]
+    try:
+        pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config, **settings)
+    except ImportError as error:
+        raise SVDiffError(f"scheduler_type {scheduler_type}: {' '.join(str(error).split())}") from error
+
+
+def check_resolution(pipeline: Any, *sides: int) -> None:
+    """Refuse pixel sizes that the pipeline cannot make.
+
+    Raises:
+        SVDiffError: a side is not a multiple of the VAE's factor, or too small for the UNet's levels.
+    """
+    factor = pipeline.vae_scale_factor
+    levels = len(getattr(denoiser_of(pipeline).config, "down_block_types", ())) or 1
+    smallest = factor * 2 ** (levels - 1)
+    for side in sides:
+        if side < smallest or side % factor:
+            raise SVDiffError(
+                f"resolution {side} does not fit this model: it must be a multiple of {factor}, at least {smallest}"
+            )
+
+
+def default_resolution(pipeline: Any) -> int:
+    """Side in pixels of the square pictures that the denoiser was trained on."""
+    return int(denoiser_of(pipeline).config.sample_size * pipeline.vae_scale_factor)
+
+
+def denoiser_of(pipeline: Any) -> nn.Module:
+    """The pipeline's UNet or transformer.
+
+    Raises:
+        SVDiffError: it has none.
+    """
+    for name in DENOISERS:
+        if isinstance(module := getattr(pipeline, name, None), nn.Module):
+            return module
+    raise SVDiffError(f"{type(pipeline).__name__} has neither a unet nor a transformer")
+
+
+def text_encoders_of(pipeline: Any) -> dict[str, nn.Module]:
+    """The pipeline's text encoders by name."""
+    found = {name: getattr(pipeline, name, None) for name in TEXT_ENCODERS}
+    return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+
+
+def device_of_choice(device: str = "auto") -> torch.device:
+    """The named device, or for ``auto`` the machine's accelerator, else its CPU.
+
+    Raises:
+        SVDiffError: there is no such device here.
+    """
+    if device == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise SVDiffError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def _check_finite(part: str, module: nn.Module) -> None:
+    for name, weight in module.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise SVDiffError(f"the base model is damaged: {part}.{name} holds NaN or inf")

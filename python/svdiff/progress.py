@@ -1,0 +1,22 @@
+"""Progress bars: on standard output, so that standard error says nothing unless something is wrong."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+
+def progress_bar(items: Collection[T], description: str, *, delay: float = 0) -> tqdm[T]:
+    """A bar over `items`, shown once it has taken `delay` seconds."""
+    return tqdm(items, desc=description, delay=delay, **progress_options())
+
+
+def progress_options() -> dict[str, Any]:
+    """How bars look: redrawn on a terminal, a line now and then in a file. Also for bars that diffusers makes."""
+    terminal = sys.stdout.isatty()
+    return {"file": sys.stdout, "dynamic_ncols": terminal, "mininterval": 0.1 if terminal else 10.0}

@@ -1,0 +1,75 @@
+"""Pictures from a pipeline: any number of prompts in batches, each picture with a seed of its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from .progress import progress_options
+
+
+def sample(
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    batch_size: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+    resolution: tuple[int, int],
+    negative_prompt: str | None = None,
+) -> Iterator[Image.Image]:
+    """One picture per prompt, in order; a picture depends on its prompt and seed, not on its neighbours.
+
+    Args:
+        pipeline: a text-to-image pipeline of diffusers.
+        prompts: what to draw.
+        seeds: of the noise, one per prompt.
+        batch_size: pictures drawn at a time.
+        num_inference_steps: of the pipeline's scheduler.
+        guidance_scale: of classifier-free guidance; 1 is none.
+        resolution: height and width in pixels.
+        negative_prompt: what not to draw, in all pictures.
+    """
+    total = len(prompts)
+    for start in range(0, total, batch_size):
+        part = list(prompts[start : start + batch_size])
+        pipeline.set_progress_bar_config(
+            desc=f"Drawing {start + len(part)}/{total}", leave=start + len(part) == total, **progress_options()
+        )
+        yield from pipeline(
+            part,
+            height=resolution[0],
+            width=resolution[1],
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            negative_prompt=None if negative_prompt is None else [negative_prompt] * len(part),
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]],
+        ).images
+
+
+def grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
+    """All pictures in one, row by row."""
+    width, height = images[0].size
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * width, rows * height), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, (i % columns * width, i // columns * height))
+    return sheet
+
+
+def save_picture(image: Image.Image, path: Path) -> None:
+    """Write a PNG that is whole as soon as it can be seen."""
+    partial = path.with_name(f".{path.name}.partial")
+    image.save(partial, format="PNG")
+    partial.replace(path)
+
+
+def slug(text: str, length: int = 40) -> str:
+    """A text as part of a file name."""
+    return re.sub(r"[^\w]+", "-", text).strip("-")[:length].rstrip("-") or "picture"
