@@ -1,0 +1,38 @@
+# What people type. Every target sets itself up in .venv first; `make help` lists them.
+PYTHON ?= python3
+# Pinned: a plain `torch` can bring gigabytes of CUDA libraries. Another build: make demo TORCH="torch --index-url ..."
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help demo test bench lint clean
+help:
+	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/'
+
+demo: $(READY) ## teach the miniature model a new subject from four pictures; see outputs/demo/
+	$(BIN)/svdiff demo --output_dir outputs/demo --overwrite
+
+test: $(READY) ## all tests, the slow ones included
+	$(BIN)/python -m pytest tests
+
+bench: $(READY) ## a training step of an SD 1.5-size UNet against its rivals
+	$(BIN)/svdiff bench unet
+
+lint: $(READY) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The extension is built in place by the editable install; where there is no compiler, a notice says so and Python serves.
+$(READY): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp)
+	@echo "== setting up $(VENV): Python packages, then the C++ extension (once, a few minutes)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --progress-bar on --upgrade "setuptools>=77" wheel ninja pybind11 numpy
+	$(BIN)/pip install --progress-bar on $(TORCH)
+	$(BIN)/pip install --progress-bar on --no-build-isolation -e ".[diffusers,bench,test,lint]"
+	$(BIN)/python -m svdiff_kernels.info
+	@touch $@
+
+clean: ## forget the set-up and what was built
+	rm -rf $(VENV) build outputs *.egg-info svdiff_kernels/*.so
