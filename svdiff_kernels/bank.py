@@ -178,9 +178,9 @@ class Bank(nn.Module):
             self._hook.remove()
             delattr(self._root, "spectral_bank")
 
-    def forward(self, *args: Any) -> None:
-        """A bank is read by its layers, not called."""
-        raise NotImplementedError("a Bank is not called: its layers read their gains from it")
+    def forward(self, x: Any) -> Any:
+        """x as it is: an `nn.Sequential` that is the root calls the bank like every other child."""
+        return x
 
     def _before_root(self, module: nn.Module, args: Any) -> None:
         self.refresh()
