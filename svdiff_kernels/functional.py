@@ -57,8 +57,8 @@ def spectral_linear(
         ValueError: shapes do not fit.
     """
     _check_factors(U, sigma, Vh, delta, x.shape[0] if x.dim() > 1 else 1)
-    _check(Vh.dim() == 2, "Vh", Vh, "[r, N]")
-    _check(x.dim() > 0 and x.shape[-1] == Vh.shape[1], "x", x, f"[*, {Vh.shape[1]}]")
+    _check(Vh.dim() == 2, "Vh", Vh, "r", "N")
+    _check(x.dim() > 0 and x.shape[-1] == Vh.shape[1], "x", x, "*", Vh.shape[1])
     _check_optional(U, bias, weight, Vh.shape[1:])
     return scaled_linear(x, U, spectral_gain(sigma, delta, residual=weight is not None), Vh, bias, weight=weight)
 
@@ -96,10 +96,10 @@ def spectral_conv2d(
     Raises:
         ValueError: shapes do not fit.
     """
-    _check(x.dim() in (3, 4), "x", x, "[B, C_in, H, W] or [C_in, H, W]")
+    _check(x.dim() in (3, 4), "x", x, "*", "C_in", "H", "W")
     _check_factors(U, sigma, Vh, delta, x.shape[0] if x.dim() == 4 else 1)
-    _check(Vh.dim() == 4, "Vh", Vh, "[r, C_in / groups, kh, kw]")
-    _check(x.shape[-3] == Vh.shape[1] * groups, "x", x, f"[*, {Vh.shape[1] * groups}, H, W]")
+    _check(Vh.dim() == 4, "Vh", Vh, "r", "C_in / groups", "kh", "kw")
+    _check(x.shape[-3] == Vh.shape[1] * groups, "x", x, "*", Vh.shape[1] * groups, "H", "W")
     _check_optional(U, bias, weight, Vh.shape[1:])
     gain = spectral_gain(sigma, delta, residual=weight is not None)
     return scaled_conv2d(x, U, gain, Vh, bias, stride, padding, dilation, groups, weight=weight)
@@ -133,7 +133,7 @@ def spectral_embedding(
         ValueError: shapes do not fit.
     """
     _check_factors(U, sigma, Vh, delta, ids.shape[0] if ids.dim() else 1)
-    _check(Vh.dim() == 2, "Vh", Vh, "[r, dim]")
+    _check(Vh.dim() == 2, "Vh", Vh, "r", "dim")
     if ids.is_floating_point():
         raise ValueError(f"ids must be integers, not {ids.dtype}")
     _check_optional(U, None, weight, Vh.shape[1:])
@@ -185,7 +185,8 @@ def scaled_conv2d(
     if _is_half(x):
         base = frozen.conv2d(x, weight, bias, stride, padding, dilation, wide=True)
         return (base + y).to(x.dtype)
-    return frozen.conv2d(x, weight, bias, stride, padding, dilation).add_(y)
+    # torch's own conv, so that the base stays exact to the bit.
+    return frozen.conv2d(x, weight, bias, stride, padding, dilation, unfold=False).add_(y)
 
 
 def scaled_embedding(
@@ -285,17 +286,17 @@ def _resolve_padding(
     return x, (h // 2, w // 2)
 
 
-def _check(ok: bool, name: str, tensor: Tensor, wanted: str) -> None:
+def _check(ok: bool, name: str, tensor: Tensor, *wanted: int | str) -> None:
     if not ok:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {wanted}")
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected [{', '.join(map(str, wanted))}]")
 
 
 def _check_factors(U: Tensor, sigma: Tensor, Vh: Tensor, delta: Tensor, first: int) -> None:
-    _check(sigma.dim() == 1, "sigma", sigma, "[r]")
+    _check(sigma.dim() == 1, "sigma", sigma, "r")
     r = sigma.shape[0]
-    _check(U.dim() == 2 and U.shape[1] == r, "U", U, f"[M, {r}]")
-    _check(Vh.dim() > 1 and Vh.shape[0] == r, "Vh", Vh, f"[{r}, ...]")
-    _check(delta.dim() in (1, 2) and delta.shape[-1] == r, "delta", delta, f"[{r}] or [S, {r}]")
+    _check(U.dim() == 2 and U.shape[1] == r, "U", U, "M", r)
+    _check(Vh.dim() > 1 and Vh.shape[0] == r, "Vh", Vh, r, "...")
+    _check(delta.dim() in (1, 2) and delta.shape[-1] == r, "delta", delta, "S or nothing", r)
     if delta.dim() == 2 and (delta.shape[0] == 0 or first % delta.shape[0]):
         raise ValueError(
             f"delta is for {delta.shape[0]} samples, which do not split the first dimension, {first}, evenly"
@@ -305,6 +306,6 @@ def _check_factors(U: Tensor, sigma: Tensor, Vh: Tensor, delta: Tensor, first: i
 def _check_optional(U: Tensor, bias: Tensor | None, weight: Tensor | None, inner: torch.Size) -> None:
     M = U.shape[0]
     if bias is not None:
-        _check(tuple(bias.shape) == (M,), "bias", bias, f"[{M}]")
+        _check(tuple(bias.shape) == (M,), "bias", bias, M)
     if weight is not None:
-        _check(weight.shape == (M, *inner), "weight", weight, str([M, *inner]))
+        _check(weight.shape == (M, *inner), "weight", weight, M, *inner)

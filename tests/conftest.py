@@ -1,0 +1,28 @@
+"""What every test starts from: a fixed seed and no cache but its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("SVDIFF_CACHE", str(tmp_path / "factor-cache"))
+    yield
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """For tests that compile: no compiled code of other tests, which counts towards dynamo's recompile limit."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
