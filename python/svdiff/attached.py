@@ -15,7 +15,7 @@ from svdiff_kernels.cache import content_hash
 from svdiff_kernels.nn import SpectralModule
 
 from .checkpoint import Layout
-from .parking import ParkingLot, Ticket
+from .parking import ParkingLot, Ticket, trim_heap
 from .progress import progress_bar
 
 MATRIX_LAYERS: dict[type[nn.Module], Any] = {
@@ -113,6 +113,7 @@ class AttachedModel:
                 if layer.base is None and holders[id(weight)] == 1:  # a shared weight stays, for who shares it
                     self._tickets[path] = self._lot.park(weight)
                     weight.data = weight.data.new_empty(0)
+                    trim_heap()
             self._layers[path] = layer.train(original.training)
 
     def _swap(self, substitutes: Mapping[int, nn.Module]) -> None:
@@ -126,12 +127,12 @@ class AttachedModel:
         for path, layer in self._layers.items():
             original = self._originals[path]
             weight = _weight_of(original)
-            like = layer.weight  # for its device and dtype, which follow the model's
+            like: Any = layer.weight  # for its device and dtype, which follow the model's
             ticket, base = self._tickets.get(path), getattr(layer, "base", None)
             content = weight.data if base is None else base
             weight.data = (content if ticket is None else self._lot.fetch(ticket)).to(like.device, like.dtype)
             if layer.bias is not None:
-                original.bias.data = layer.bias.data  # type: ignore[union-attr]
+                original.bias.data = layer.bias.data
             original.train(layer.training)
         for parameter, flag in self._requires_grad:
             parameter.requires_grad_(flag)

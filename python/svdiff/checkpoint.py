@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -212,7 +212,8 @@ def _partial_files(paths: list[Path]) -> Iterator[dict[Path, Path]]:
         raise SVDiffError(f"cannot write {paths[0].parent}: {_first_line(error)}") from error
     finally:
         for path in partial.values():
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
 
 
 def _others(keys: list[str]) -> str:

@@ -81,7 +81,7 @@ def _command_name(argv: list[str]) -> str:
     return str(parser.parse_args(argv).command)
 
 
-def _parse(name: str, command: Command, config: type, argv: list[str]) -> Any:
+def _parse(name: str, command: Command, config: Any, argv: list[str]) -> Any:
     from transformers import HfArgumentParser
 
     class ConfigParser(HfArgumentParser, _Parser):
@@ -100,7 +100,8 @@ def _quieten_libraries() -> None:
     """Other libraries' notices and bars would bury ours."""
     for variable in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(variable, "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.simplefilter("ignore", FutureWarning)
     warnings.simplefilter("ignore", DeprecationWarning)
     warnings.showwarning = lambda message, *_, **__: print(f"svdiff: warning: {message}", file=sys.stderr)

@@ -74,7 +74,7 @@ def crop(image: Tensor, resolution: int, *, center: bool, flip: bool, rng: torch
     corner = []
     for side in image.shape[-2:]:
         free = side - resolution
-        corner.append(free // 2 if center else int(torch.randint(free + 1, (), generator=rng)))
+        corner.append(free // 2 if center or not free else int(torch.randint(free + 1, (), generator=rng)))
     top, left = corner
     square = image[:, top : top + resolution, left : left + resolution]
     if flip:

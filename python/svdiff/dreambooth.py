@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from svdiff_kernels import SVDiffError
 
@@ -34,7 +34,7 @@ class DreamBooth:
 
     def __init__(
         self,
-        unet: nn.Module,
+        unet: Any,
         scheduler: Any,
         latents: Latents,
         captions: Captions,

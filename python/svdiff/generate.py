@@ -92,7 +92,9 @@ def generate(config: GenerateConfig) -> GenerateResult:
             load(pipeline, config.spectral_shifts_ckpt, form=config.form).set_adapters(
                 "default", config.spectral_shifts_scale
             )
-        pipeline.to(device, DTYPES[config.dtype])  # after the shifts: factors are made from fp32 weights
+        pipeline.to(device)
+        if config.dtype != "fp32":
+            pipeline.to(DTYPES[config.dtype])  # after the shifts: factors are made from fp32 weights
 
         count = config.num_images_per_prompt
         prompts = [prompt for prompt in config.prompt for _ in range(count)]

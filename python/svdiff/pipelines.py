@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +15,7 @@ from torch import nn
 
 from svdiff_kernels import SVDiffError
 
-SCHEDULERS = {
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
     "ddpm": ("DDPMScheduler", {}),
     "deis": ("DEISMultistepScheduler", {}),
@@ -30,16 +35,13 @@ DENOISERS = ("unet", "transformer")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
-def load_pipeline(
-    name_or_path: str, *, revision: str | None = None, variant: str | None = None, dtype: torch.dtype = torch.float32
-) -> Any:
-    """A diffusers pipeline on the CPU, from safetensors only, without a safety checker.
+def load_pipeline(name_or_path: str, *, revision: str | None = None, variant: str | None = None) -> Any:
+    """A diffusers pipeline in fp32 on the CPU, from safetensors only, without a safety checker.
 
     Args:
         name_or_path: a folder, a hub id, or ``miniature``.
         revision: branch, tag or commit on the hub.
         variant: of the weight files, such as ``fp16``.
-        dtype: of its weights.
 
     Raises:
         SVDiffError: no such model, files missing, or a weight that holds NaN or inf.
@@ -47,7 +49,7 @@ def load_pipeline(
     if name_or_path == "miniature":
         from svdiff.miniature import load_pipeline as load_miniature
 
-        return load_miniature().to(dtype)
+        return load_miniature()
     folder = Path(name_or_path).expanduser()
     if not name_or_path.strip():
         raise SVDiffError("the name of the pretrained model is empty: give a folder, a hub id, or miniature")
@@ -57,15 +59,16 @@ def load_pipeline(
     from diffusers import DiffusionPipeline
 
     try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            str(folder) if folder.is_dir() else name_or_path,
-            revision=revision,
-            variant=variant,
-            torch_dtype=dtype,
-            use_safetensors=True,
-            safety_checker=None,
-            requires_safety_checker=False,
-        )
+        with _quiet_loading():
+            pipeline = DiffusionPipeline.from_pretrained(
+                str(folder) if folder.is_dir() else name_or_path,
+                revision=revision,
+                variant=variant,
+                torch_dtype=torch.float32,
+                use_safetensors=True,
+                safety_checker=None,
+                requires_safety_checker=False,
+            )
     except Exception as error:  # whatever a damaged folder makes of the loaders of three libraries
         raise SVDiffError(f"cannot load the model {name_or_path}: {' '.join(str(error).split())}") from error
     for part in (*DENOISERS, *TEXT_ENCODERS, "vae"):
@@ -95,11 +98,11 @@ def check_resolution(pipeline: Any, *sides: int) -> None:
     """Refuse pixel sizes that the pipeline cannot make.
 
     Raises:
-        SVDiffError: a side is not a multiple of the VAE's factor, or too small for the UNet's levels.
+        SVDiffError: a side is not a multiple of the VAE's factor and of 8, or too small for the UNet's levels.
     """
-    factor = pipeline.vae_scale_factor
+    factor = math.lcm(pipeline.vae_scale_factor, 8)  # diffusers' pipelines insist on eight
     levels = len(getattr(denoiser_of(pipeline).config, "down_block_types", ())) or 1
-    smallest = factor * 2 ** (levels - 1)
+    smallest = math.lcm(factor, pipeline.vae_scale_factor * 2 ** (levels - 1))
     for side in sides:
         if side < smallest or side % factor:
             raise SVDiffError(
@@ -112,7 +115,7 @@ def default_resolution(pipeline: Any) -> int:
     return int(denoiser_of(pipeline).config.sample_size * pipeline.vae_scale_factor)
 
 
-def denoiser_of(pipeline: Any) -> nn.Module:
+def denoiser_of(pipeline: Any) -> Any:
     """The pipeline's UNet or transformer.
 
     Raises:
@@ -142,6 +145,23 @@ def device_of_choice(device: str = "auto") -> torch.device:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise SVDiffError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Loaders' bars are for terminals; and newer diffusers deprecate the torch_dtype that older ones need."""
+    from diffusers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _check_finite(part: str, module: nn.Module) -> None:

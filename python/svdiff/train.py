@@ -265,13 +265,14 @@ def _objective(
     from diffusers import DDPMScheduler
 
     resolution = config.resolution or default_resolution(pipeline)
-    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
-    pipeline.unet.to(dtype)
-    pipeline.text_encoder.to(dtype)
+    if config.mixed_precision != "no":
+        dtype = torch.float16 if config.mixed_precision == "fp16" else torch.bfloat16
+        pipeline.unet.to(dtype)
+        pipeline.text_encoder.to(dtype)
     if config.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
         if config.train_text_encoder:
-            pipeline.text_encoder.gradient_checkpointing_enable()
+            pipeline.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
     return DreamBooth(
         pipeline.unet,
         DDPMScheduler.from_config(pipeline.scheduler.config),
@@ -328,7 +329,7 @@ def _optimise(
     for step in bar:
         total = torch.zeros((), device=host.device)
         for _ in range(config.gradient_accumulation_steps):
-            with host.accumulate(*models), host.autocast():
+            with host.accumulate(*models):
                 loss = objective.loss()
                 host.backward(loss)
                 if host.sync_gradients and config.max_grad_norm > 0:

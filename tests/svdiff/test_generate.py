@@ -1,0 +1,118 @@
+"""Pictures: each depends on its prompt and seed; shifts and their weight act."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import svdiff
+from PIL import Image
+from svdiff import GenerateConfig, generate
+from svdiff.pipelines import SCHEDULERS, set_scheduler
+from svdiff.sampling import grid, slug
+from tiny import RESOLUTION
+from torch import nn
+
+from svdiff_kernels import SVDiffError
+
+
+@pytest.fixture
+def config(base: Path, tmp_path: Path) -> GenerateConfig:
+    return GenerateConfig(str(base), ["a dog"], output_dir=str(tmp_path / "out"), num_inference_steps=3)
+
+
+@pytest.fixture
+def trained(pipeline: Any, tmp_path: Path) -> Path:
+    adapter = svdiff.attach(pipeline, text_encoder=True)
+    for group in adapter.param_groups():
+        for parameter in group["params"]:
+            nn.init.normal_(parameter, std=0.3)
+    adapter.save_weights(tmp_path / "shifts")
+    return tmp_path / "shifts"
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image).astype(int)
+
+
+def test_pictures_names_and_grid(config: GenerateConfig) -> None:
+    result = generate(
+        replace(config, prompt=["a dog", "A cat, in: the/hat"], num_images_per_prompt=3, batch_size=4, seed=5)
+    )
+    assert [p.name for p in result.pictures] == [
+        "000_a-dog_seed5.png", "000_a-dog_seed6.png", "000_a-dog_seed7.png",
+        "001_A-cat-in-the-hat_seed8.png", "001_A-cat-in-the-hat_seed9.png", "001_A-cat-in-the-hat_seed10.png",
+    ]  # fmt: skip
+    assert pixels(result.grid).shape == (2 * RESOLUTION, 3 * RESOLUTION, 3)
+    run = json.loads((result.output_dir / "run.json").read_text())
+    assert run["pictures"][4] == {"file": result.pictures[4].name, "prompt": "A cat, in: the/hat", "seed": 9}
+
+
+def test_a_picture_does_not_depend_on_its_batch(config: GenerateConfig, tmp_path: Path) -> None:
+    together = generate(replace(config, num_images_per_prompt=3, batch_size=3))
+    alone = generate(replace(config, num_images_per_prompt=3, batch_size=1, output_dir=str(tmp_path / "alone")))
+    for one, other in zip(together.pictures, alone.pictures, strict=True):
+        assert np.abs(pixels(one) - pixels(other)).max() <= 1
+    assert np.abs(pixels(together.pictures[0]) - pixels(together.pictures[1])).max() > 10
+
+
+def test_shifts_act_by_their_weight(config: GenerateConfig, trained: Path, tmp_path: Path) -> None:
+    def draw(name: str, **changes: Any) -> np.ndarray:
+        return pixels(generate(replace(config, output_dir=str(tmp_path / name), **changes)).pictures[0])
+
+    base = draw("base")
+    shifted = draw("shifted", spectral_shifts_ckpt=str(trained))
+    assert np.abs(shifted - base).max() > 5
+    assert np.abs(draw("none", spectral_shifts_ckpt=str(trained), spectral_shifts_scale=0.0) - base).max() <= 1
+    half = draw("half", spectral_shifts_ckpt=str(trained), spectral_shifts_scale=0.5)
+    assert np.abs(half - base).max() > 1
+    assert np.abs(half - shifted).max() > 1
+    bf16 = draw("bf16", spectral_shifts_ckpt=str(trained), dtype="bf16")
+    assert np.abs(bf16 - shifted).mean() < np.abs(base - shifted).mean()
+
+
+def test_size_and_negative_prompt(config: GenerateConfig) -> None:
+    result = generate(replace(config, height=20, width=24, negative_prompt="a cat", guidance_scale=3.0))
+    assert pixels(result.pictures[0]).shape == (20, 24, 3)
+
+
+@pytest.mark.parametrize("scheduler_type", sorted(SCHEDULERS))
+def test_schedulers(pipeline: Any, scheduler_type: str) -> None:
+    if scheduler_type == "lms":
+        pytest.importorskip("scipy")
+    set_scheduler(pipeline, scheduler_type)
+    pipeline.set_progress_bar_config(disable=True)
+    (image,) = pipeline("a dog", num_inference_steps=3).images
+    assert np.asarray(image).std() > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": []}, "prompt"),
+        ({"prompt": ["a", "  "]}, "prompt"),
+        ({"num_inference_steps": 0}, "num_inference_steps"),
+        ({"scheduler_type": "magic"}, "magic"),
+        ({"height": 17}, "resolution 17"),
+        ({"device": "abacus"}, "abacus"),
+        ({"dtype": "fp12"}, "fp12"),
+        ({"spectral_shifts_ckpt": "/nowhere"}, "nowhere"),
+        ({"pretrained_model_name_or_path": " "}, "empty"),
+    ],
+)
+def test_mistakes_leave_nothing(config: GenerateConfig, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SVDiffError, match=message):
+        generate(replace(config, **changes))
+    assert not [p for p in Path(config.output_dir).parent.iterdir() if p.name != "factor-cache"]
+
+
+def test_slug_and_grid() -> None:
+    assert slug("a photo of sks dog!") == "a-photo-of-sks-dog"
+    assert slug("???") == "picture"
+    assert len(slug("x" * 100)) == 40
+    assert grid([Image.new("RGB", (3, 2))] * 5, 2).size == (6, 6)
