@@ -18,7 +18,8 @@ EXACT = {torch.float64: 1e-12, torch.float32: 1e-5}
 HALF_FACTOR = 2.0
 HALF = (torch.bfloat16, torch.float16)
 
-# Shift error: of the shift that really acts along each singular direction, at delta = 1e-3 sigma. Noise: of y at delta = 0.
+# Shift error: of the shift that really acts along each singular direction, at delta = 1e-3 sigma.
+# Noise: the relative error of y at delta = 0.
 SHIFT_ERROR = {
     ("factored", torch.float32): 1e-4,
     ("factored", torch.bfloat16): 0.26,

@@ -55,7 +55,9 @@ def test_wide_spectra_stay_orthogonal(low: int, transposed: bool) -> None:
     assert torch.allclose(f.sigma, sigma, rtol=1e-6, atol=1e-14)
 
 
-@pytest.mark.parametrize("W", [spectrum(29, 53, torch.rand(7, dtype=torch.float64)), torch.ones(13, 7), torch.zeros(5, 8)])
+@pytest.mark.parametrize(
+    "W", [spectrum(29, 53, torch.rand(7, dtype=torch.float64)), torch.ones(13, 7), torch.zeros(5, 8)]
+)
 def test_rank_deficient(W: Tensor) -> None:
     check(W.double(), decompose(W), 2e-6)
 

@@ -20,7 +20,14 @@ IMPLEMENTATIONS: dict[str, tuple[Expand, Backward]] = {
 }
 implementations = pytest.mark.parametrize("which", IMPLEMENTATIONS)
 # (leading dimensions, S, columns dense)
-ROWS = [((37,), 1, False), ((3, 13), 1, False), ((6, 5), 3, False), ((2, 41), 1, True), ((4, 7), 2, True), ((1, 50), 1, True)]
+ROWS = [
+    ((37,), 1, False),
+    ((3, 13), 1, False),
+    ((6, 5), 3, False),
+    ((2, 41), 1, True),
+    ((4, 7), 2, True),
+    ((1, 50), 1, True),
+]
 rows = pytest.mark.parametrize(("lead", "S", "columns"), ROWS, ids=str)
 M, R = 29, 17
 
@@ -115,7 +122,10 @@ def test_any_strides(which: str) -> None:
     assert all(torch.allclose(s, d) for s, d in zip(strided, dense, strict=True))
     mixed = make((4, 15), 2, True)  # z of one layout, dy of the other
     for dz, other in ((mixed["dy"], z), (dy, mixed["z"])):
-        got, want = backward(dz, other, U, a["scale"], True), backward(dz.contiguous(), other.contiguous(), U, a["scale"], True)
+        got, want = (
+            backward(dz, other, U, a["scale"], True),
+            backward(dz.contiguous(), other.contiguous(), U, a["scale"], True),
+        )
         assert all(torch.allclose(g, w) for g, w in zip(got, want, strict=True))
 
 

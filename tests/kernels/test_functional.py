@@ -123,7 +123,11 @@ def test_strided_input(residual: bool) -> None:
     layer = LAYERS["linear tokens"]()
     delta = layer.delta.clone().requires_grad_()
     wide = torch.randn(26, 62, 3, dtype=torch.float64)
-    views = [wide[::2, ::2].permute(2, 0, 1), wide[:13, :31].transpose(0, 2).transpose(1, 2), wide[0, 0, :1].expand(3, 13, 31)]
+    views = [
+        wide[::2, ::2].permute(2, 0, 1),
+        wide[:13, :31].transpose(0, 2).transpose(1, 2),
+        wide[0, 0, :1].expand(3, 13, 31),
+    ]
     for x in views:
         assert x.shape == layer.x.shape and not x.is_contiguous()
         strided = layer.spectral(x, delta, torch.float64, residual=residual)
