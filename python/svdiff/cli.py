@@ -99,7 +99,7 @@ def _parse(name: str, command: Command, config: Any, argv: list[str]) -> Any:
 def _quieten_libraries() -> None:
     """Other libraries' notices and bars would bury ours."""
     for variable in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
-        os.environ.setdefault(variable, "error")
+        os.environ.setdefault(variable, "critical")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.simplefilter("ignore", FutureWarning)

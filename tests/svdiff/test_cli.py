@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,14 @@ from svdiff.outputs import RUN_FILE
 
 
 def svdiff_command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    for noise in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):  # quiet by itself, not by this test's settings
-        environment.pop(noise, None)
     command = [sys.executable, "-m", "svdiff.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=240)
+
+
+def environment() -> dict[str, str]:
+    """Ours, without what these tests do against noise: the command has to be quiet by itself."""
+    noise = ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY")
+    return {k: v for k, v in os.environ.items() if k not in noise} | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -107,30 +110,66 @@ def flags(place: Path, settings: dict[str, str]) -> list[str]:
     return [word for name, value in values.items() for word in (f"--{name}", value)]
 
 
+# Imports are most of a command's seconds: this process imports once, and forks for each command.
+_FORKER = """
+import json, os, sys
+from svdiff import cli
+cli._quieten_libraries()
+import diffusers.pipelines.stable_diffusion, svdiff.train, svdiff.generate
+for name, argv in json.load(sys.stdin).items():
+    if (child := os.fork()) == 0:
+        for stream, number in (("stdout", 1), ("stderr", 2)):
+            os.dup2(os.open(f"{sys.argv[1]}/{name}.{stream}", os.O_WRONLY | os.O_CREAT), number)
+        code = 1  # of a traceback
+        try:
+            code = cli.main(argv)
+        except SystemExit as exit:
+            code = exit.code
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    with open(f"{sys.argv[1]}/{name}.code", "w") as file:
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=file)
+"""
+
+
+def arguments_of(place: Path, name: str) -> list[str]:
+    command, changes, _ = MISTAKES[name]
+    return [command, *flags(place, (TRAIN if command == "train" else DRAW) | changes)]
+
+
 @pytest.fixture(scope="module")
-def outcomes(place: Path) -> Any:
-    """Every mistake is made at once, two at a time: most of a command's seconds are imports."""
-    with ThreadPoolExecutor(2) as pool:
-        yield {
-            name: pool.submit(svdiff_command, command, *flags(place, (TRAIN if command == "train" else DRAW) | changes))
-            for name, (command, changes, _) in MISTAKES.items()
-        }
+def outcomes(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with each mistake's output and exit code."""
+    folder = tmp_path_factory.mktemp("outcomes")
+    commands = json.dumps({name: arguments_of(place, name) for name in MISTAKES})
+    subprocess.run([sys.executable, "-c", _FORKER, folder], input=commands, text=True, check=True, env=environment())
+    return folder
+
+
+def check_complaint(name: str, code: int, stdout: str, stderr: str) -> None:
+    lines = stderr.splitlines()
+    assert len(lines) == 1, stderr
+    assert lines[0].startswith("svdiff: error: ")
+    assert MISTAKES[name][2] in lines[0]
+    assert "Traceback" not in stdout
+    assert code == 2
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_line(name: str, outcomes: dict[str, Future[subprocess.CompletedProcess[str]]]) -> None:
-    run = outcomes[name].result()
-    lines = run.stderr.splitlines()
-    assert len(lines) == 1, run.stderr
-    assert lines[0].startswith("svdiff: error: ")
-    assert MISTAKES[name][2] in lines[0]
-    assert "Traceback" not in run.stdout + run.stderr
-    assert run.returncode == 2
+def test_a_mistake_is_one_line(name: str, outcomes: Path) -> None:
+    said = [(outcomes / f"{name}.{kind}").read_text() for kind in ("code", "stdout", "stderr")]
+    check_complaint(name, int(said[0]), *said[1:])
 
 
-def test_mistakes_write_nothing(place: Path, outcomes: dict[str, Future[subprocess.CompletedProcess[str]]]) -> None:
-    for outcome in outcomes.values():
-        outcome.result()
+@pytest.mark.parametrize("name", ["no pictures", "missing weights", "unknown flag"])
+def test_a_mistake_is_one_line_imports_included(place: Path, name: str) -> None:
+    run = svdiff_command(*arguments_of(place, name))
+    check_complaint(name, run.returncode, run.stdout, run.stderr)
+
+
+@pytest.mark.usefixtures("outcomes")
+def test_mistakes_write_nothing(place: Path) -> None:
     expected = {"base", "pictures", "empty", "unreadable", "earlier", "other", "nan", "inf", "gone", "shifts"}
     assert {p.name for p in place.iterdir()} == expected | {"nan_shifts"}
     assert [p.name for p in (place / "earlier").iterdir()] == [RUN_FILE]

@@ -60,7 +60,7 @@ def test_a_run_writes_shifts_that_move_the_model(config: TrainConfig, pipeline: 
     assert sum(t.numel() for t in moved.values()) == result.num_parameters
     norms = [t.abs().max() for key, t in moved.items() if "norm" in key]
     matrices = [t.abs().max() for key, t in moved.items() if "norm" not in key]
-    assert 0 < max(norms) <= 4e-6 + 1e-9  # Adam moves by about the rate: 1e-6 and 1e-3 a step
+    assert 0 < max(norms) <= 4.1e-6  # Adam moves by about the rate: 1e-6 and 1e-3 a step
     assert 1e-3 < max(matrices) <= 4.1e-3
     assert svdiff.load(pipeline, folder).num_parameters() == result.num_parameters
     assert f"{result.num_parameters:,} shifts" in str(result)
@@ -72,9 +72,8 @@ def test_the_loss_goes_down(config: TrainConfig) -> None:
 
 
 @pytest.mark.parametrize("text_encoder", [False, True])
-def test_the_same_seed_gives_the_same_shifts_to_the_bit(
-    config: TrainConfig, tmp_path: Path, text_encoder: bool
-) -> None:
+def test_the_same_seed_gives_the_same_shifts(config: TrainConfig, tmp_path: Path, text_encoder: bool) -> None:
+    """To the bit."""
     config = replace(
         config, with_prior_preservation=True, class_prompt=["a dog"], num_class_images=2, random_flip=True,
         train_text_encoder=text_encoder, lr_scheduler="cosine", lr_warmup_steps=1,
@@ -183,8 +182,7 @@ def test_variants(config: TrainConfig, pipeline: Any, changes: dict[str, Any]) -
     assert adapter.num_parameters() == result.num_parameters
 
 
-def test_tensorboard_if_it_is_there(config: TrainConfig) -> None:
-    pytest.importorskip("tensorboard")
+def test_tensorboard(config: TrainConfig) -> None:
     train(replace(config, report_to="tensorboard"))
     assert any(p.name.startswith("events") for p in Path(config.output_dir).rglob("*"))
 
@@ -199,7 +197,7 @@ def test_tensorboard_if_it_is_there(config: TrainConfig) -> None:
         ({"validation_prompt": [""]}, "validation_prompt"),
         ({"max_train_steps": 0}, "max_train_steps"),
         ({"learning_rate": float("nan")}, "learning_rate"),
-        ({"resolution": 17}, "resolution 17"),
+        ({"resolution": 20}, "resolution 20"),
         ({"resolution": 2}, "resolution 2"),
         ({"resolution": -1}, "resolution"),
         ({"targets": "no_such"}, "no_such"),
