@@ -64,7 +64,8 @@ def extension_arguments() -> dict[str, Any]:
 
     extension = CppExtension(
         "svdiff_kernels._C",
-        [str((ROOT / source).relative_to(ROOT)) for source in SOURCES],
+        SOURCES,
+        depends=["csrc/expand.h"],
         extra_compile_args={"cxx": ["-O3", "-fopenmp", "-fno-math-errno", "-Wall"]},
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": OptionalBuild}}
