@@ -37,7 +37,9 @@ def bench(config: BenchConfig) -> str:
     for name in ("latents", "batch", "lora_rank", "rounds"):
         if getattr(config, name) < 1:
             raise SVDiffError(f"{name} must be at least 1, not {getattr(config, name)}")
-    checkout = next((d for d in (Path(__file__).parents[2], Path.cwd()) if (d / "benchmarks" / "runner.py").is_file()), None)
+    checkout = next(
+        (d for d in (Path(__file__).parents[2], Path.cwd()) if (d / "benchmarks" / "runner.py").is_file()), None
+    )
     if checkout is None:
         raise SVDiffError("the benchmarks are not part of the wheel: run this from a checkout of the repository")
     sys.path.insert(0, str(checkout))

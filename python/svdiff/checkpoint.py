@@ -144,7 +144,8 @@ def encode(deltas: Mapping[str, Tensor], layout: Layout, extra: Mapping[str, obj
     tensors = {
         name + _SUFFIX: deltas[path].detach().to("cpu", torch.float32).contiguous() for name, path in named.items()
     }
-    metadata = {
+    metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in extra.items()}
+    metadata |= {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
         "library_version": __version__,
@@ -154,7 +155,6 @@ def encode(deltas: Mapping[str, Tensor], layout: Layout, extra: Mapping[str, obj
         "rank": "full" if layout.rank is None else str(layout.rank),
         "one_dim": layout.one_dim,
         "conv_reshape": "co,ci*kh*kw",
-        **{key: value if isinstance(value, str) else json.dumps(value) for key, value in extra.items()},
     }
     return tensors, metadata
 

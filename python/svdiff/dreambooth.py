@@ -52,6 +52,7 @@ class DreamBooth:
         self._orders = [_shuffled(0, num_instance, rng)]
         if num_class:
             self._orders.append(_shuffled(num_instance, num_class, rng))
+        self._dtype = unet.dtype  # read once: diffusers looks through all modules for it
         self._batch_size, self._prior_weight, self._rng = batch_size, prior_weight, rng
 
     def loss(self) -> Tensor:
@@ -64,9 +65,8 @@ class DreamBooth:
         noisy = self._scheduler.add_noise(latents, noise, timesteps)
         target = noise if self._prediction == "epsilon" else self._scheduler.get_velocity(latents, noise, timesteps)
 
-        dtype = self._unet.dtype
-        context = self._captions.draw(numbers).to(dtype)
-        predicted = self._unet(noisy.to(dtype), timesteps, context, return_dict=False)[0]
+        context = self._captions.draw(numbers).to(self._dtype)
+        predicted = self._unet(noisy.to(self._dtype), timesteps, context, return_dict=False)[0]
         # One loss for the subject's part of the batch, and one for the class's.
         losses = F.mse_loss(predicted.float(), target, reduction="none").reshape(len(self._orders), -1).mean(dim=1)
         return losses[0] if len(losses) == 1 else losses[0] + self._prior_weight * losses[1]

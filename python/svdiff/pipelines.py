@@ -49,7 +49,10 @@ def load_pipeline(name_or_path: str, *, revision: str | None = None, variant: st
     if name_or_path == "miniature":
         from svdiff.miniature import load_pipeline as load_miniature
 
-        return load_miniature()
+        with _quiet_loading():
+            pipeline: Any = load_miniature()
+        pipeline.register_to_config(_name_or_path=name_or_path)  # what delta files call their base
+        return pipeline
     folder = Path(name_or_path).expanduser()
     if not name_or_path.strip():
         raise SVDiffError("the name of the pretrained model is empty: give a folder, a hub id, or miniature")

@@ -115,7 +115,8 @@ _FORKER = """
 import json, os, sys
 from svdiff import cli
 cli._quieten_libraries()
-import diffusers.pipelines.stable_diffusion, svdiff.train, svdiff.generate
+import accelerate, svdiff.train, svdiff.generate, svdiff.pipelines
+svdiff.pipelines.load_pipeline(sys.argv[2])  # imports what loading needs
 for name, argv in json.load(sys.stdin).items():
     if (child := os.fork()) == 0:
         for stream, number in (("stdout", 1), ("stderr", 2)):
@@ -143,7 +144,13 @@ def outcomes(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with each mistake's output and exit code."""
     folder = tmp_path_factory.mktemp("outcomes")
     commands = json.dumps({name: arguments_of(place, name) for name in MISTAKES})
-    subprocess.run([sys.executable, "-c", _FORKER, folder], input=commands, text=True, check=True, env=environment())
+    subprocess.run(
+        [sys.executable, "-c", _FORKER, folder, place / "base"],
+        input=commands,
+        text=True,
+        check=True,
+        env=environment(),
+    )
     return folder
 
 
@@ -190,6 +197,20 @@ def test_train_then_generate(place: Path, tmp_path: Path) -> None:
     for picture in (tmp_path / "drawn").glob("0*.png"):
         with Image.open(picture) as image:
             assert np.asarray(image).shape == (16, 16, 3)
+
+
+def test_a_run_that_is_told_to_end_leaves_nothing(place: Path, tmp_path: Path) -> None:
+    endless = TRAIN | {"output_dir": str(tmp_path / "run"), "max_train_steps": "100000"}
+    command = [sys.executable, "-m", "svdiff.cli", "train", *flags(place, endless)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()) as process:
+        while not list(tmp_path.glob(".run.partial-*")):
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.terminate()
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert stderr == b""
+    assert not [p for p in tmp_path.iterdir() if p.name != "factor-cache"]
 
 
 def test_help_is_quick_and_lists_commands() -> None:

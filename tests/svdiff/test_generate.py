@@ -12,7 +12,8 @@ import pytest
 import svdiff
 from PIL import Image
 from svdiff import GenerateConfig, generate
-from svdiff.pipelines import SCHEDULERS, set_scheduler
+from svdiff.checkpoint import read
+from svdiff.pipelines import SCHEDULERS, load_pipeline, set_scheduler
 from svdiff.sampling import grid, slug
 from tiny import RESOLUTION
 from torch import nn
@@ -113,3 +114,9 @@ def test_slug_and_grid() -> None:
     assert slug("???") == "picture"
     assert len(slug("x" * 100)) == 40
     assert grid([Image.new("RGB", (3, 2))] * 5, 2).size == (6, 6)
+
+
+def test_the_miniature_goes_by_its_name(tmp_path: Path) -> None:
+    pipeline = load_pipeline("miniature")
+    (file,) = svdiff.attach(pipeline, targets="mid", cache=False).save_weights(tmp_path)
+    assert read(file).metadata["base_model"] == "miniature"
