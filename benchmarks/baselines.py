@@ -11,8 +11,9 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from svdiff_kernels.nn import SpectralConv2d, SpectralLinear
 from torch import Tensor, nn
+
+from svdiff_kernels.nn import SpectralConv2d, SpectralLinear
 
 
 class _Recomposed(nn.Module):
@@ -37,7 +38,12 @@ class RecomposedLinear(_Recomposed):
 class RecomposedConv2d(_Recomposed):
     def __init__(self, layer: SpectralConv2d) -> None:
         super().__init__(layer)
-        self.stride, self.padding, self.dilation, self.groups = layer.stride, layer.padding, layer.dilation, layer.groups
+        self.stride, self.padding, self.dilation, self.groups = (
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.groups,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.recomposed_weight()

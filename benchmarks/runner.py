@@ -1,7 +1,8 @@
-"""Interleaved timing: every round runs all contenders once, in random order, so that a drifting machine drifts for all.
+"""Interleaved timing: every round runs all contenders once, in random order, so that a machine's drift hits all.
 
-Ratios are taken within a round and their median is quoted; absolute seconds of a shared machine are not comparable between
-runs. The first contender also runs a second time in each round: that A/A ratio says how much of any other ratio is noise.
+Ratios are taken within a round and their median is quoted; absolute seconds of a shared machine are not comparable
+between runs. The first contender also runs a second time in each round: that A/A ratio says how much of any other ratio
+is noise.
 """
 
 from __future__ import annotations
@@ -59,7 +60,12 @@ def interleave(steps: Mapping[str, Step], rounds: int, warmup: int = 1, seed: in
                 seconds[name].append(time.perf_counter() - start)
                 progress.update()
     return [
-        Timing(name, rounds, *_percentiles(taken), *_percentiles([a / b for a, b in zip(taken, seconds[first], strict=True)]))
+        Timing(
+            name,
+            rounds,
+            *_percentiles(taken),
+            *_percentiles([a / b for a, b in zip(taken, seconds[first], strict=True)]),
+        )
         for name, taken in seconds.items()
     ]
 
@@ -100,7 +106,9 @@ def _cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 def _commit() -> str | None:
@@ -108,7 +116,11 @@ def _commit() -> str | None:
     here = Path(__file__).parent
     try:
         described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True, check=True
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
         )
     except (OSError, subprocess.CalledProcessError):
         return None

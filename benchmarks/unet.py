@@ -1,7 +1,7 @@
-"""One training step of a UNet of Stable Diffusion 1.5's size: ours, svdiff-pytorch's arithmetic, LoRA, and the frozen floor.
+"""One training step of a UNet of Stable Diffusion 1.5's size: ours, svdiff-pytorch's arithmetic, LoRA, frozen.
 
-A step is forward, backward and AdamW on what trains, batch 1 by default, random weights. All contenders live in one process
-and share the frozen weights and the factors, so that they can be interleaved on a machine of ordinary size.
+A step is forward, backward and AdamW on what trains, with random weights. All contenders live in one process and share
+the frozen weights and the factors, so that they can be interleaved on a machine of ordinary size.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import svdiff
 import torch
 from diffusers import UNet2DConditionModel
+from svdiff.bench import BenchConfig
 from torch import Tensor, nn
 
-import svdiff
-from svdiff.bench import BenchConfig
 from svdiff_kernels import FactorCache, Factors
 
 from . import baselines, runner
@@ -45,7 +45,13 @@ def run(bench: BenchConfig) -> list[runner.Timing]:
     }
     timings = runner.interleave(steps, bench.rounds)
     if bench.output:
-        settings = {"latents": bench.latents, "batch": bench.batch, "dtype": bench.dtype, "one_dim": bench.one_dim, "matrices": len(names)}
+        settings = {
+            "latents": bench.latents,
+            "batch": bench.batch,
+            "dtype": bench.dtype,
+            "one_dim": bench.one_dim,
+            "matrices": len(names),
+        }
         runner.write_lines(Path(bench.output), timings, level="unet step", **settings)
     return timings
 
@@ -62,7 +68,9 @@ class Inputs:
     def random(cls, bench: BenchConfig, channels: int, width: int, dtype: torch.dtype) -> Inputs:
         torch.manual_seed(0)
         sample = torch.randn(bench.batch, channels, bench.latents, bench.latents)
-        return cls(sample.to(dtype), torch.randint(0, 1000, (bench.batch,)), torch.randn(bench.batch, 77, width).to(dtype))
+        return cls(
+            sample.to(dtype), torch.randint(0, 1000, (bench.batch,)), torch.randn(bench.batch, 77, width).to(dtype)
+        )
 
 
 def training_step(model: nn.Module, parameters: list[nn.Parameter], inputs: Inputs) -> runner.Step:
@@ -112,4 +120,6 @@ def filled(shape: tuple[int, ...], std: float) -> Tensor:
 
 def twin(model: nn.Module) -> nn.Module:
     """A second model, with modules and parameters of its own, that shares the memory of the first one's weights."""
-    return copy.deepcopy(model, {id(p): nn.Parameter(p.data, requires_grad=p.requires_grad) for p in model.parameters()})
+    return copy.deepcopy(
+        model, {id(p): nn.Parameter(p.data, requires_grad=p.requires_grad) for p in model.parameters()}
+    )

@@ -86,7 +86,9 @@ def demo(config: DemoConfig) -> DemoResult:
         adapter = load(pipeline, result.files[0])
         after = _draw(pipeline, prompts, config.seed)
         class_after = _draw(pipeline, class_prompts, config.seed)
-        generic = _draw(pipeline, [f"a {world.CLASS_NOUN} {world.place(s.items[0].position)}" for s in asked], config.seed)
+        generic = _draw(
+            pipeline, [f"a {world.CLASS_NOUN} {world.place(s.items[0].position)}" for s in asked], config.seed
+        )
 
         delta = staging / result.files[0].name
         delta.write_bytes(result.files[0].read_bytes())

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from svdiff.bench import BenchConfig, bench
 from torch import nn
 
 from benchmarks import baselines, runner, unet
-from svdiff.bench import BenchConfig, bench
 from svdiff_kernels.nn import SpectralConv2d, SpectralLinear
 
 TINY = {

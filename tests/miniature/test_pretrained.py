@@ -7,9 +7,8 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
-from PIL import Image
-
 import svdiff.miniature
+from PIL import Image
 from svdiff.cli import main
 from svdiff.miniature import load_pipeline
 from svdiff.miniature.evaluate import agreement

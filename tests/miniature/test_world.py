@@ -7,7 +7,6 @@ import random
 import numpy as np
 import pytest
 from PIL import Image
-
 from svdiff.miniature import models, recogniser, world
 from svdiff.miniature.evaluate import recogniser_accuracy
 

@@ -29,7 +29,9 @@ class EvaluateConfig:
 
 
 def main() -> None:
-    (config,) = HfArgumentParser(EvaluateConfig, prog="python -m svdiff.miniature.evaluate").parse_args_into_dataclasses()
+    """Print the figures as JSON."""
+    parser = HfArgumentParser(EvaluateConfig, prog="python -m svdiff.miniature.evaluate")
+    (config,) = parser.parse_args_into_dataclasses()
     pipeline = load_pipeline()
     figures = {
         "recogniser_accuracy": recogniser_accuracy(config.scenes),

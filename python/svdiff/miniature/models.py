@@ -21,13 +21,12 @@ _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
 def tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer whose every word of the world is one token; other words fall into letters.
 
-    The merges of a word build it from its end, letter by letter: such pieces all end in `</w>`, so no merge of one word can
-    apply inside another.
+    The merges of a word build it from its end, letter by letter: such pieces all end in `</w>`, so no merge of one word
+    can apply inside another.
     """
-    words = {
-        *world.COLORS, *world.BACKGROUNDS, *world.SHAPES, *world.POSITIONS, *world.SIZES, *world.STYLES, *world.SUBJECTS,
-        *world.RARE_TOKENS, world.CLASS_NOUN, "a", "photo", "picture", "of", "on", "in", "the", "and", "background", "style",
-    }  # fmt: skip
+    listed = (world.COLORS, world.BACKGROUNDS, world.SHAPES, world.POSITIONS, world.SIZES, world.STYLES, world.SUBJECTS)
+    words = {word for values in (*listed, world.RARE_TOKENS) for word in values}
+    words |= {world.CLASS_NOUN, *["a", "photo", "picture", "of", "on", "in", "the", "and", "background", "style"]}
     letters = string.ascii_lowercase + string.digits + string.punctuation
     vocabulary = [*letters, *(letter + "</w>" for letter in letters)]
     merges: list[str] = []
@@ -47,6 +46,7 @@ def tokenizer() -> CLIPTokenizer:
 
 
 def text_encoder(words: CLIPTokenizer) -> CLIPTextModel:
+    """Three layers of width 96."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(words),
@@ -74,6 +74,7 @@ def autoencoder() -> AutoencoderTiny:
 
 
 def unet() -> UNet2DConditionModel:
+    """Three levels, with attention to the text on the lower two."""
     return UNet2DConditionModel(
         sample_size=world.IMAGE_SIZE // 4,
         in_channels=LATENT_CHANNELS,
@@ -89,6 +90,7 @@ def unet() -> UNet2DConditionModel:
 
 
 def scheduler() -> DDIMScheduler:
+    """The noise schedule of Stable Diffusion, rescaled to end in pure noise."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -105,6 +107,7 @@ def scheduler() -> DDIMScheduler:
 def pipeline(
     vae: AutoencoderTiny, words: CLIPTokenizer, encoder: CLIPTextModel, denoiser: UNet2DConditionModel
 ) -> StableDiffusionPipeline:
+    """The parts put together."""
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=encoder,

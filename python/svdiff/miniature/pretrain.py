@@ -1,22 +1,15 @@
-"""Pretrains the miniature: `python -m svdiff.miniature.pretrain --output_dir DIR`, or the same under `accelerate launch`.
+"""Pretrains the miniature: `python -m svdiff.miniature.pretrain --output_dir DIR`, also under torchrun.
 
 Three stages, each resumed from its last checkpoint when the command is given again:
 
 1. `vae`: the autoencoder, on crops of scenes and of abstract drawings (so that it can draw what no scene shows);
-2. `text`: the text encoder, to say of a caption what stands where (it learns words far faster so than through pictures);
-3. `unet`: the denoiser, v-prediction with zero terminal SNR, on the latents of scenes, text encoder and autoencoder frozen.
-
-Every step draws its data and noise from a generator seeded by stage, step and process, so a resumed run sees what an
-uninterrupted one would have seen.
+2. `text`: the text encoder, to say of a caption what stands where (far faster than learning words through pictures);
+3. `unet`: the denoiser, v-prediction with zero terminal SNR, on the latents of scenes, with the others frozen.
 """
 
 from __future__ import annotations
 
-import math
-import os
 import random
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,10 +17,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderTiny
-from diffusers.training_utils import EMAModel
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
@@ -36,38 +27,33 @@ from transformers import CLIPTextModel, HfArgumentParser
 
 from . import models, world
 from .evaluate import agreement
-
-LossFunction = Callable[[nn.Module, random.Random], torch.Tensor]
+from .stage import Stage, run
 
 
 @dataclass
 class PretrainConfig:
+    """Settings; each is a flag."""
+
     output_dir: str = field(metadata={"help": "where the pipeline is saved; checkpoints go to its `state` folder"})
     seed: int = field(default=0, metadata={"help": "seed of weights, data and noise"})
-    vae_steps: int = field(default=2000, metadata={"help": "autoencoder: optimiser steps"})
-    vae_batch_size: int = field(default=32, metadata={"help": "autoencoder: crops per process and step"})
-    text_steps: int = field(default=1500, metadata={"help": "text encoder: optimiser steps"})
-    text_batch_size: int = field(default=64, metadata={"help": "text encoder: captions per process and step"})
-    unet_steps: int = field(default=8000, metadata={"help": "UNet: optimiser steps"})
+    vae_steps: int = field(default=2900, metadata={"help": "autoencoder: optimiser steps"})
+    vae_batch_size: int = field(default=20, metadata={"help": "autoencoder: crops per process and step"})
+    text_steps: int = field(default=900, metadata={"help": "text encoder: optimiser steps"})
+    text_batch_size: int = field(default=32, metadata={"help": "text encoder: captions per process and step"})
+    unet_steps: int = field(default=8400, metadata={"help": "UNet: optimiser steps"})
     unet_batch_size: int = field(default=16, metadata={"help": "UNet: scenes per process and step"})
     unet_learning_rate: float = field(default=6e-4, metadata={"help": "UNet: peak of the cosine schedule"})
     scenes: int = field(default=20000, metadata={"help": "UNet: scenes per process, rendered and encoded once"})
     checkpoint_every: int = field(default=250, metadata={"help": "steps between checkpoints"})
-    validate_every: int = field(default=500, metadata={"help": "UNet steps between recognitions of sampled pictures"})
-    max_minutes: float = field(default=math.inf, metadata={"help": "stop (resumably) after so many minutes"})
-
-
-class OutOfTime(Exception):
-    """`max_minutes` are over; the last checkpoint is complete."""
+    validate_every: int = field(default=500, metadata={"help": "UNet steps between recognitions of drawn pictures"})
 
 
 def main() -> None:
-    (config,) = HfArgumentParser(PretrainConfig, prog="python -m svdiff.miniature.pretrain").parse_args_into_dataclasses()
+    """Run all stages."""
+    parser = HfArgumentParser(PretrainConfig, prog="python -m svdiff.miniature.pretrain")
+    (config,) = parser.parse_args_into_dataclasses()
     diffusers_logging.disable_progress_bar()
-    try:
-        Pretraining(config).run()
-    except OutOfTime as stopped:
-        print(stopped)
+    Pretraining(config).run()
 
 
 class Pretraining:
@@ -79,7 +65,6 @@ class Pretraining:
         self.state = self.output / "state"
         self.state.mkdir(parents=True, exist_ok=True)
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
-        self.deadline = time.monotonic() + 60 * config.max_minutes
         torch.manual_seed(config.seed)
         words = models.tokenizer()
         self.pipeline = models.pipeline(models.autoencoder(), words, models.text_encoder(words), models.unet())
@@ -87,83 +72,36 @@ class Pretraining:
         self.pipeline.set_progress_bar_config(disable=True)
 
     def run(self) -> None:
+        """Train what is not trained yet, and save the pipeline in fp16."""
         config, pipeline = self.config, self.pipeline
-        batch = config.vae_batch_size
-        self._train("vae", NoisyAutoencoder(pipeline.vae), lambda m, rng: self._vae_loss(m, rng, batch), config.vae_steps, 2e-3)
+        self._run(Stage("vae", NoisyAutoencoder(pipeline.vae), self._vae_loss, config.vae_steps, 2e-3))
         self._set_scaling_factor()
-        reader = CaptionReader(pipeline.text_encoder)
-        batch_text = config.text_batch_size
-        self._train("text", reader, lambda m, rng: self._text_loss(m, rng, batch_text), config.text_steps, 1e-3)
-        latents, scenes = self._encoded_scenes()
+        self._run(Stage("text", CaptionReader(pipeline.text_encoder), self._text_loss, config.text_steps, 1e-3))
         pipeline.vae.requires_grad_(False)
         pipeline.text_encoder.requires_grad_(False).eval()
-        self._train(
-            "unet",
-            pipeline.unet.to(memory_format=torch.channels_last),
-            lambda m, rng: self._unet_loss(m, rng, latents, scenes),
-            config.unet_steps,
-            config.unet_learning_rate,
-            validate=self._validate,
+        latents, scenes = self._encoded_scenes()
+        unet = pipeline.unet.to(memory_format=torch.channels_last)
+        self._run(
+            Stage(
+                "unet",
+                unet,
+                lambda model, rng: self._unet_loss(model, rng, latents, scenes),
+                config.unet_steps,
+                config.unet_learning_rate,
+                self._validate,
+            )
         )
         if self.accelerator.is_main_process:
             pipeline.to(torch.float16).save_pretrained(self.output)
 
-    # One stage ---------------------------------------------------------------------------------------------------------
+    def _run(self, stage: Stage) -> None:
+        config = self.config
+        every = {"checkpoint_every": config.checkpoint_every, "validate_every": config.validate_every}
+        run(stage, self.accelerator, self.state, seed=config.seed, **every)
 
-    def _train(
-        self, stage: str, model: nn.Module, loss_of: LossFunction, steps: int, peak: float, validate: Callable[[], str] | None = None
-    ) -> None:
-        """Train `model` with AdamW (warm-up, cosine) and leave it with the exponential mean of its weights."""
-        accelerator, config = self.accelerator, self.config
-        optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
-        ema = EMAModel(model.parameters(), decay=0.998, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
-        ema.to(accelerator.device)
-        file = self.state / f"{stage}.safetensors"
-        first = _load_state(file, model, optimizer, ema) if file.exists() else 0
-        wrapped, optimizer = accelerator.prepare(model.train(), optimizer)
-        progress = tqdm(
-            range(first, steps), stage, initial=first, total=steps, disable=not accelerator.is_main_process, mininterval=5
-        )
-        for step in progress:
-            key = f"{config.seed}/{stage}/{step}/{accelerator.process_index}"
-            rng = random.Random(key)
-            torch.manual_seed(rng.getrandbits(62))
-            for group in optimizer.param_groups:
-                group["lr"] = peak * min(1.0, (step + 1) / 100) * (0.52 + 0.48 * math.cos(math.pi * step / steps))
-            loss = loss_of(wrapped, rng)
-            optimizer.zero_grad(set_to_none=True)
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            ema.step(model.parameters())
-            if step % 20 == 0:
-                progress.set_postfix(loss=f"{loss.item():.4f}")
-            last = step + 1 == steps
-            # every process must see the same clock, or one would wait for the others for ever
-            late = self._any_late() if step % 25 == 24 else False
-            if last or late or (step + 1) % config.checkpoint_every == 0:
-                if accelerator.is_main_process:
-                    _save_state(file, model, optimizer, ema, step + 1)
-            if validate and accelerator.is_main_process and (last or (step + 1) % config.validate_every == 0):
-                ema.store(model.parameters())
-                ema.copy_to(model.parameters())
-                tqdm.write(f"{stage} {step + 1}: {validate()}")
-                ema.restore(model.parameters())
-                model.train()
-            if late and not last:
-                raise OutOfTime(f"{stage}: stopped after step {step + 1} of {steps}; run the same command to go on")
-        ema.copy_to(model.parameters())
-        model.eval()
-        accelerator.wait_for_everyone()
-
-    def _any_late(self) -> bool:
-        late = torch.tensor([float(time.monotonic() > self.deadline)], device=self.accelerator.device)
-        return bool(self.accelerator.gather(late).any())
-
-    # Autoencoder -------------------------------------------------------------------------------------------------------
-
-    def _vae_loss(self, model: nn.Module, rng: random.Random, batch: int) -> torch.Tensor:
-        pixels = _to_tensor([_crop(_any_drawing(rng), rng) for _ in range(batch)]).to(self.accelerator.device)
+    def _vae_loss(self, model: nn.Module, rng: random.Random) -> torch.Tensor:
+        crops = [_crop(_any_drawing(rng), rng) for _ in range(self.config.vae_batch_size)]
+        pixels = _to_tensor(crops).to(self.accelerator.device)
         error = model(pixels) - pixels
         return error.square().mean() + 0.2 * error.abs().mean()
 
@@ -174,10 +112,8 @@ class Pretraining:
             latents = self.pipeline.vae.encode(pixels.to(self.accelerator.device)).latents
         self.pipeline.vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
 
-    # Text encoder ------------------------------------------------------------------------------------------------------
-
-    def _text_loss(self, model: nn.Module, rng: random.Random, batch: int) -> torch.Tensor:
-        scenes = [world.sample_scene(rng) for _ in range(batch)]
+    def _text_loss(self, model: nn.Module, rng: random.Random) -> torch.Tensor:
+        scenes = [world.sample_scene(rng) for _ in range(self.config.text_batch_size)]
         captions = [world.caption(scene, rng) for scene in scenes]
         labels = torch.tensor([_labels(scene, text) for scene, text in zip(scenes, captions, strict=True)])
         logits = model(self._token_ids(captions))
@@ -186,8 +122,6 @@ class Pretraining:
     def _token_ids(self, captions: list[str]) -> torch.Tensor:
         ids = self.pipeline.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
         return ids.to(self.accelerator.device)
-
-    # UNet --------------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _encoded_scenes(self) -> tuple[torch.Tensor, list[world.Scene]]:
@@ -199,7 +133,9 @@ class Pretraining:
         if file.exists():
             return load_file(file)["latents"], scenes
         vae, parts = self.pipeline.vae, []
-        for i in tqdm(range(0, len(scenes), 100), "latents", disable=not self.accelerator.is_main_process, mininterval=5):
+        for i in tqdm(
+            range(0, len(scenes), 100), "latents", disable=not self.accelerator.is_main_process, mininterval=5
+        ):
             pixels = _to_tensor([np.asarray(world.render(scene, rng)) for scene in scenes[i : i + 100]])
             latents = vae.encode(pixels.to(self.accelerator.device)).latents * vae.config.scaling_factor
             parts.append(latents.half().contiguous().cpu())
@@ -241,6 +177,7 @@ class NoisyAutoencoder(nn.Module):
         self.vae = vae
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels ``[B, 3, H, W]`` to what the decoder makes of their noisy latents."""
         latents = self.vae.encoder(pixels)
         return self.vae.decoder(latents + 0.1 * torch.randn_like(latents))
 
@@ -311,37 +248,6 @@ def _to_tensor(images: list[np.ndarray]) -> torch.Tensor:
     """RGB bytes to `[B, 3, H, W]` in [-1, 1], channels last."""
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
     return pixels.contiguous(memory_format=torch.channels_last)
-
-
-# Checkpoints of a stage ------------------------------------------------------------------------------------------------
-
-
-def _save_state(file: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel, step: int) -> None:
-    state = {f"model.{name}": value.contiguous() for name, value in model.state_dict().items()}
-    for i, (parameter, shadow) in enumerate(zip(model.parameters(), ema.shadow_params, strict=True)):
-        state[f"ema.{i}"] = shadow.contiguous()
-        moments = optimizer.state[parameter]
-        state[f"exp_avg.{i}"] = moments["exp_avg"].contiguous()
-        state[f"exp_avg_sq.{i}"] = moments["exp_avg_sq"].contiguous()
-    temporary = file.with_suffix(".tmp")
-    save_file(state, temporary, metadata={"step": str(step)})
-    os.replace(temporary, file)
-
-
-def _load_state(file: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel) -> int:
-    state = load_file(file)
-    with safe_open(file, "pt") as handle:
-        step = int(handle.metadata()["step"])
-    model.load_state_dict({name.removeprefix("model."): v for name, v in state.items() if name.startswith("model.")})
-    for i, parameter in enumerate(model.parameters()):
-        ema.shadow_params[i].copy_(state[f"ema.{i}"])
-        optimizer.state[parameter] = {
-            "step": torch.tensor(float(step)),
-            "exp_avg": state[f"exp_avg.{i}"].to(parameter),
-            "exp_avg_sq": state[f"exp_avg_sq.{i}"].to(parameter),
-        }
-    ema.optimization_step = step
-    return step
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Reads a picture of the miniature's world back into a `Scene`, by rule: palette, connected components, template overlap.
+"""Reads a picture of the miniature's world back, by rule: palette, connected components, template overlap.
 
-No trained model takes part, so it can judge one. The border gives the background; what differs from it falls into components;
-each is told by its place, its extent, its most frequent palette colour, and by the drawing that overlaps it best once both are
-scaled to the same square. It never reads the prompt.
+No trained model takes part, so it can judge one. The border gives the background; what differs from it falls into
+components; each is told by its place, its extent, its most frequent palette colour, and by the drawing that overlaps it
+best once both are scaled to the same square. It never reads the prompt.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Array = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Seen:
-    """One object as read: `item.shape` is the best of the shapes and, apart from it, `subject` names a `SUBJECTS` key or None."""
+    """One object as read: `item.shape` is the best of the plain shapes, `subject` a key of `SUBJECTS` if it is one."""
 
     item: Item
     subject: str | None
@@ -40,6 +40,8 @@ class Seen:
 
 @dataclass(frozen=True)
 class Reading:
+    """What a picture shows."""
+
     background: str
     style: str
     seen: tuple[Seen, ...]  # from left to right
@@ -109,10 +111,10 @@ def _read_object(pixels: Array, ground: Array, mask: npt.NDArray[np.bool_]) -> S
 
 
 def _to_grid(mask: npt.NDArray[np.bool_], like: npt.NDArray[np.bool_] | None = None) -> Array:
-    """The bounding box of `like` (of `mask` itself by default) cut from `mask` and scaled to the grid, as coverage in [0, 1]."""
+    """`mask` cut to the bounding box of `like` (its own by default) and scaled to the grid, as coverage in [0, 1]."""
     rows, columns = np.nonzero(mask if like is None else like)
-    box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
-    image = Image.fromarray(mask.astype(np.float32), mode="F").crop(tuple(int(v) for v in box))
+    box = (int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)
+    image = Image.fromarray(mask.astype(np.float32)).crop(box)
     return np.asarray(image.resize((_GRID, _GRID), Image.Resampling.BILINEAR))
 
 

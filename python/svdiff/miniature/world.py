@@ -1,7 +1,8 @@
 """The rendered world that the miniature model is pretrained on: captioned scenes of plain objects, 64x64 pixels.
 
-A `Scene` is what is to be seen, `caption` says it in words, `render` draws it. One object stands left, in the centre or right;
-two objects stand left and right. `SUBJECTS` are objects that no pretraining scene contains: what personalisation teaches.
+A `Scene` is what is to be seen, `caption` says it in words, `render` draws it. One object stands left, in the centre or
+right; two stand left and right. `SUBJECTS` are objects that no pretraining scene contains: what personalisation
+teaches.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
+    """What is to be seen."""
+
     items: tuple[Item, ...]
     background: str = "white"
     style: str = "solid"
@@ -116,10 +119,15 @@ SUBJECTS: dict[str, list[Part]] = {
 
 
 def abstract_drawing(rng: random.Random) -> list[Part]:
-    """A few random ellipses and polygons: what an autoencoder should see so that it can later draw subjects it has not seen."""
+    """A few random ellipses and polygons, from which an autoencoder learns to draw subjects that it has not seen."""
     parts: list[Part] = []
     for _ in range(rng.randint(1, 3)):
-        cx, cy, rx, ry = rng.uniform(0.25, 0.75), rng.uniform(0.25, 0.75), rng.uniform(0.12, 0.5), rng.uniform(0.12, 0.5)
+        cx, cy, rx, ry = (
+            rng.uniform(0.25, 0.75),
+            rng.uniform(0.25, 0.75),
+            rng.uniform(0.12, 0.5),
+            rng.uniform(0.12, 0.5),
+        )
         corners = rng.choice((3, 4, 5, 40))
         turn = rng.uniform(0, 2 * math.pi)
         parts.append((rng.choice(tuple(COLORS)), _ellipse(cx, cy, rx, ry, corners, turn)))
@@ -131,8 +139,8 @@ def render(
 ) -> Image.Image:
     """Draw `scene` as a 64x64 RGB image.
 
-    With `rng` the objects are moved by up to 1.5 pixels across and 4 down and their size varies by 6 %; without, they stand
-    exactly where named. `drawings` are the shapes that are drawn from parts of their own colours.
+    With `rng` the objects are moved by up to 1.5 pixels across and 4 down and their size varies by 6 %; without, they
+    stand exactly where named. `drawings` are the shapes that are drawn from parts of their own colours.
     """
     scale = _SUPERSAMPLING
     image = Image.new("RGB", (IMAGE_SIZE * scale, IMAGE_SIZE * scale), BACKGROUNDS[scene.background])
@@ -162,7 +170,7 @@ def held_out(scene: Scene) -> bool:
 
 
 def sample_scene(rng: random.Random, objects: int | None = None, *, held_out_only: bool = False) -> Scene:
-    """A random scene of one or two objects (`objects`, or either with equal chance), held out from pretraining or not."""
+    """A random scene of one or two objects (either by chance, if not said), held out from pretraining or not."""
     while True:
         scene = _any_scene(rng, objects)
         if held_out(scene) == held_out_only:
@@ -173,7 +181,8 @@ def _any_scene(rng: random.Random, objects: int | None) -> Scene:
     count = objects or rng.choice((1, 2))
     positions = (rng.choice(tuple(POSITIONS)),) if count == 1 else ("left", "right")
     items = tuple(
-        Item(rng.choice(SHAPES), rng.choice(tuple(COLORS)), position, rng.choice(tuple(SIZES))) for position in positions
+        Item(rng.choice(SHAPES), rng.choice(tuple(COLORS)), position, rng.choice(tuple(SIZES)))
+        for position in positions
     )
     return Scene(items, rng.choice(tuple(BACKGROUNDS)), rng.choice(STYLES))
 
@@ -186,8 +195,8 @@ def place(position: str) -> str:
 def caption(scene: Scene, rng: random.Random | None = None) -> str:
     """Say `scene` in words.
 
-    Without `rng` everything is said. With it, size, background and style are each left out now and then, two objects are
-    named in either order, an object is now and then just a `CLASS_NOUN`, and the opening varies, as captions do.
+    Without `rng` everything is said. With it, size, background and style are each left out now and then, two objects
+    are named in either order, an object is now and then just a `CLASS_NOUN`, and the opening varies, as captions do.
     """
 
     def said(chance: float = 0.75) -> bool:
