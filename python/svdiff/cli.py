@@ -91,7 +91,8 @@ def _parse(name: str, command: Command, config: Any, argv: list[str]) -> Any:
 
     if command.positional and argv and not argv[0].startswith("-"):
         argv = [f"--{command.positional}", *argv]
-    parser: HfArgumentParser = ConfigParser(config, prog=f"svdiff {name}", description=command.summary, allow_abbrev=False)
+    make_parser: Any = ConfigParser  # mypy sees the other base's arguments
+    parser = make_parser(config, prog=f"svdiff {name}", description=command.summary, allow_abbrev=False)
     parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
         parser.error(f"unknown argument {unknown[0]}")
