@@ -32,6 +32,7 @@ COMMANDS = {
     "train": Command("teach a model a subject from a few pictures", "svdiff.train", "TrainConfig", "train"),
     "generate": Command("make pictures, with or without shifts", "svdiff.generate", "GenerateConfig", "generate"),
     "demo": Command("the whole job in minutes on the built-in miniature model", "svdiff.demo", "DemoConfig", "demo"),
+    "bench": Command("measure against what else could be used", "svdiff.bench", "BenchConfig", "bench", "level"),
     "cache": Command(
         "list, verify or prune the stored decompositions", "svdiff.cache", "CacheConfig", "cache", "action"
     ),
