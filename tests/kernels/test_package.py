@@ -111,11 +111,30 @@ def build(tmp_path: Path, **env: str) -> subprocess.CompletedProcess[str]:
     for name in ("setup.py", "pyproject.toml", "LICENSE", "csrc", "svdiff_kernels", "python"):
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "weights"))
+            shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
         else:
             shutil.copy(source, tmp_path / name)
     command = [sys.executable, "-m", "pip", "wheel", ".", "-v", "--no-build-isolation", "--no-deps", "-w", "wheels"]
     return subprocess.run(command, env=os.environ | env, cwd=tmp_path, capture_output=True, text=True, timeout=280)
+
+
+def unpacked(tmp_path: Path) -> Path:
+    """What the wheel that `build` made would put into site-packages."""
+    (wheel,) = (tmp_path / "wheels").glob("svdiff_kernels-0.1.0-*.whl")
+    shutil.unpack_archive(wheel, tmp_path / "site", "zip")
+    return tmp_path / "site"
+
+
+def test_a_wheel_holds_the_extension_and_the_miniature(tmp_path: Path) -> None:
+    done = build(tmp_path, SVDIFF_BUILD="cpu")
+    assert done.returncode == 0, done.stdout[-2000:]
+    site = unpacked(tmp_path)
+    run = (
+        "import svdiff_kernels as k; from svdiff.miniature import load_pipeline; "
+        "print(k.__file__, load_pipeline().unet.config.in_channels, k.backends.serving('cpu'))"
+    )
+    done = python("-c", importing_from(site) + run)
+    assert done.stdout.startswith(str(site)) and done.stdout.endswith(" 8 cpu\n"), done.stderr
 
 
 @pytest.mark.parametrize(
@@ -131,9 +150,7 @@ def test_builds_without_the_extension(env: dict[str, str], notice: str, tmp_path
     done = build(tmp_path, **env)
     assert done.returncode == 0, done.stdout[-2000:]
     assert notice in done.stdout + done.stderr
-    (wheel,) = (tmp_path / "wheels").glob("svdiff_kernels-0.1.0-*.whl")
-    site = tmp_path / "site"
-    shutil.unpack_archive(wheel, site, "zip")
+    site = unpacked(tmp_path)
     assert not list(site.rglob("*.so")) and (site / "svdiff" / "__init__.py").exists()
     run = "import svdiff_kernels as k; print(k.__file__, k.backends.serving('cpu'))"
     done = python("-c", importing_from(site) + run)
