@@ -87,7 +87,7 @@ def _read_object(pixels: Array, ground: Array, mask: npt.NDArray[np.bool_]) -> S
     center = (columns.min() + columns.max() + 1) / 2
     side = max(np.ptp(rows), np.ptp(columns)) + 1
     position = "left" if center < 24 else "right" if center > 40 else "center"
-    size = "small" if side < 21.5 else "large"
+    size = "small" if side < 23 else "large"
 
     nearest = np.linalg.norm(pixels[:, :, None] - _COLOR_VALUES, axis=-1).argmin(-1)  # [64, 64]
     contrast = np.linalg.norm(pixels - ground, axis=-1)

@@ -33,7 +33,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 POSITIONS: dict[str, float] = {"left": 15.5, "center": 32.0, "right": 48.5}  # x of the object's centre, in pixels
-SIZES: dict[str, float] = {"small": 17.0, "large": 26.0}  # side of the object's bounding square, in pixels
+SIZES: dict[str, float] = {"small": 20.0, "large": 26.0}  # side of the object's bounding square, in pixels
 STYLES = ("solid", "outline")
 
 RARE_TOKENS = ("sks", "zwx", "qrl", "vtn")  # words without a meaning, free to be given one
