@@ -10,7 +10,7 @@ Three stages, each resumed from its last checkpoint when the command is given ag
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -128,7 +128,7 @@ class Pretraining:
         """This process's scenes and their scaled latents `[scenes, 8, 16, 16]` in fp16."""
         process = self.accelerator.process_index
         rng = random.Random(f"{self.config.seed}/scenes/{process}")
-        scenes = [world.sample_scene(rng) for _ in range(self.config.scenes)]
+        scenes = [world.with_toys(world.sample_scene(rng), rng, _TOYS) for _ in range(self.config.scenes)]
         file = self.state / f"latents-{process}.safetensors"
         if file.exists():
             return load_file(file)["latents"], scenes
@@ -197,6 +197,7 @@ class CaptionReader(nn.Module):
         return self.heads(pooled).unflatten(-1, (_SLOTS, _CLASSES))
 
 
+_TOYS = 0.15  # share of the UNet's objects that are some abstract toy: a class as wide as a subject needs
 _CLASSES = 8  # at most six values, unsaid, and absent
 _SLOTS = len(world.POSITIONS) * 3 + 2
 
@@ -228,11 +229,7 @@ def _labels(scene: world.Scene, text: str) -> list[int]:
 
 def _any_drawing(rng: random.Random) -> Image.Image:
     scene = world.sample_scene(rng)
-    if rng.random() < 0.6:
-        return world.render(scene, rng)
-    drawings = {position: world.abstract_drawing(rng) for position in world.POSITIONS}
-    items = tuple(replace(item, shape=item.position) for item in scene.items)
-    return world.render(replace(scene, items=items), rng, drawings)
+    return world.render(scene if rng.random() < 0.6 else world.with_toys(scene, rng, 1.0), rng)
 
 
 def _crop(image: Image.Image, rng: random.Random, side: int = 32) -> np.ndarray:

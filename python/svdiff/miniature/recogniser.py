@@ -2,7 +2,8 @@
 
 No trained model takes part, so it can judge one. The border gives the background; what differs from it falls into
 components; each is told by its place, its extent, its most frequent palette colour, and by the drawing that overlaps it
-best once both are scaled to the same square. It never reads the prompt.
+best once both are scaled to the same square. Colours are told by hue: backgrounds have none, so a rim that is blended
+with one keeps its own. It never reads the prompt.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ import numpy.typing as npt
 from PIL import Image
 from scipy import ndimage
 
-from .world import BACKGROUNDS, COLORS, IMAGE_SIZE, OUTLINES, SUBJECTS, Item, Scene, render
+from .world import BACKGROUNDS, COLORS, IMAGE_SIZE, OUTLINES, SIZES, SUBJECTS, Item, Scene, render
 
 _GRID = 24  # side of the square that objects and templates are scaled to, in cells
 _FOREGROUND = 50.0  # RGB distance from the background above which a pixel belongs to an object
 _MIN_AREA = 24  # pixels; smaller specks are noise
-_SUBJECT_AGREEMENT = 0.6  # share of the union's cells that must carry the subject's colour
+# Share of the union's cells that must carry the subject's colour: every rendered subject passes, and not one in a
+# hundred plain shapes or abstract toys.
+_SUBJECT_AGREEMENT = 0.65
 
 _COLOR_NAMES = tuple(COLORS)
-_COLOR_VALUES = np.array(list(COLORS.values()), dtype=np.float32)
 
 Array = npt.NDArray[np.float32]
 
@@ -89,7 +91,7 @@ def _read_object(pixels: Array, ground: Array, mask: npt.NDArray[np.bool_]) -> S
     position = "left" if center < 24 else "right" if center > 40 else "center"
     size = "small" if side < 23 else "large"
 
-    nearest = np.linalg.norm(pixels[:, :, None] - _COLOR_VALUES, axis=-1).argmin(-1)  # [64, 64]
+    nearest = _nearest_color(pixels)
     contrast = np.linalg.norm(pixels - ground, axis=-1)
     votes = nearest[mask & (contrast >= np.median(contrast[mask]))]  # the rim is blended with the background
     color = _COLOR_NAMES[np.bincount(votes, minlength=len(COLORS)).argmax()]
@@ -98,9 +100,11 @@ def _read_object(pixels: Array, ground: Array, mask: npt.NDArray[np.bool_]) -> S
     overlaps = {name: _overlap(silhouette, template) for name, template in _shape_templates().items()}
     shape = max(overlaps, key=overlaps.__getitem__)
 
-    shares = np.stack([_to_grid(mask & (nearest == c), like=mask) for c in range(len(COLORS))])  # [colors, 24, 24]
-    painted = np.where(shares.sum(0) > 0.5, shares.argmax(0), -1)
-    agreement = {name: _agreement(painted, template) for name, template in _subject_templates().items()}
+    painted = _painted(mask, nearest)
+    agreement = {
+        name: max(_agreement(painted, template) for template in templates)
+        for name, templates in _subject_templates().items()
+    }
     subject = max(agreement, key=agreement.__getitem__)
     return Seen(
         Item(shape, color, position, size),
@@ -118,6 +122,20 @@ def _to_grid(mask: npt.NDArray[np.bool_], like: npt.NDArray[np.bool_] | None = N
     return np.asarray(image.resize((_GRID, _GRID), Image.Resampling.BILINEAR))
 
 
+def _nearest_color(pixels: Array) -> npt.NDArray[np.int64]:
+    """The palette colour of nearest hue for each pixel ``[64, 64, 3]``: what is left without the gray, by angle."""
+    palette = np.array(list(COLORS.values()), dtype=np.float32)
+    palette -= palette.mean(-1, keepdims=True)
+    palette /= np.linalg.norm(palette, axis=-1, keepdims=True)
+    return ((pixels - pixels.mean(-1, keepdims=True)) @ palette.T).argmax(-1)
+
+
+def _painted(mask: npt.NDArray[np.bool_], nearest: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The palette colour of each cell of the grid over an object, -1 where it does not cover half of the cell."""
+    shares = np.stack([_to_grid(mask & (nearest == c), like=mask) for c in range(len(COLORS))])  # [colors, 24, 24]
+    return np.where(shares.sum(0) > 0.5, shares.argmax(0), -1)
+
+
 def _overlap(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> float:
     return float((a & b).sum() / (a | b).sum())
 
@@ -129,21 +147,15 @@ def _agreement(a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> float:
 
 @cache
 def _shape_templates() -> dict[str, npt.NDArray[np.bool_]]:
-    return {name: _to_grid(_drawn(name)[0]) > 0.5 for name in OUTLINES}
+    return {name: _to_grid(_drawn(Item(name, "blue", "center"))[0]) > 0.5 for name in OUTLINES}
 
 
 @cache
-def _subject_templates() -> dict[str, npt.NDArray[np.int64]]:
-    templates = {}
-    for name in SUBJECTS:
-        mask, nearest = _drawn(name)
-        shares = np.stack([_to_grid(mask & (nearest == c), like=mask) for c in range(len(COLORS))])
-        templates[name] = np.where(shares.sum(0) > 0.5, shares.argmax(0), -1)
-    return templates
+def _subject_templates() -> dict[str, list[npt.NDArray[np.int64]]]:
+    return {name: [_painted(*_drawn(Item(name, "", "center", size))) for size in SIZES] for name in SUBJECTS}
 
 
-def _drawn(name: str) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
-    """Mask and nearest palette colours of one large object on white."""
-    pixels = np.asarray(render(Scene((Item(name, "blue", "center"),))), dtype=np.float32)
-    mask = np.linalg.norm(pixels - np.array(BACKGROUNDS["white"]), axis=-1) > _FOREGROUND
-    return mask, np.linalg.norm(pixels[:, :, None] - _COLOR_VALUES, axis=-1).argmin(-1)
+def _drawn(item: Item) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
+    """Mask and nearest palette colours of one object on white."""
+    pixels = np.asarray(render(Scene((item,))), dtype=np.float32)
+    return np.linalg.norm(pixels - np.array(BACKGROUNDS["white"]), axis=-1) > _FOREGROUND, _nearest_color(pixels)

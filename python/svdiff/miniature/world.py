@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from PIL import Image, ImageDraw
@@ -45,12 +45,16 @@ Part = tuple[str, Sequence[Point]]  # color, polygon in the unit square (y down)
 
 @dataclass(frozen=True)
 class Item:
-    """One object of a scene; `shape` is one of `SHAPES`, or a key of `SUBJECTS` (then `color` does not matter)."""
+    """One object of a scene.
+
+    `shape` is one of `SHAPES`; or a key of `SUBJECTS`, or `CLASS_NOUN` with a `drawing` (then `color` does not matter).
+    """
 
     shape: str
     color: str
     position: str
     size: str = "large"
+    drawing: tuple[Part, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -118,8 +122,11 @@ SUBJECTS: dict[str, list[Part]] = {
 }
 
 
-def abstract_drawing(rng: random.Random) -> list[Part]:
-    """A few random ellipses and polygons, from which an autoencoder learns to draw subjects that it has not seen."""
+def abstract_drawing(rng: random.Random) -> tuple[Part, ...]:
+    """Up to three random ellipses and polygons that fill the unit square together.
+
+    They are what else a toy may be: a class wide enough for subjects that no scene shows.
+    """
     parts: list[Part] = []
     for _ in range(rng.randint(1, 3)):
         cx, cy, rx, ry = (
@@ -131,16 +138,16 @@ def abstract_drawing(rng: random.Random) -> list[Part]:
         corners = rng.choice((3, 4, 5, 40))
         turn = rng.uniform(0, 2 * math.pi)
         parts.append((rng.choice(tuple(COLORS)), _ellipse(cx, cy, rx, ry, corners, turn)))
-    return parts
+    across, down = zip(*(point for _, polygon in parts for point in polygon), strict=True)
+    left, top, width, height = min(across), min(down), max(across) - min(across), max(down) - min(down)
+    return tuple((color, [((x - left) / width, (y - top) / height) for x, y in polygon]) for color, polygon in parts)
 
 
-def render(
-    scene: Scene, rng: random.Random | None = None, drawings: Mapping[str, Sequence[Part]] = SUBJECTS
-) -> Image.Image:
+def render(scene: Scene, rng: random.Random | None = None) -> Image.Image:
     """Draw `scene` as a 64x64 RGB image.
 
     With `rng` the objects are moved by up to 1.5 pixels across and 4 down and their size varies by 6 %; without, they
-    stand exactly where named. `drawings` are the shapes that are drawn from parts of their own colours.
+    stand exactly where named.
     """
     scale = _SUPERSAMPLING
     image = Image.new("RGB", (IMAGE_SIZE * scale, IMAGE_SIZE * scale), BACKGROUNDS[scene.background])
@@ -149,7 +156,7 @@ def render(
         dx, dy, grow = (rng.uniform(-1.5, 1.5), rng.uniform(-4, 4), rng.uniform(0.94, 1.06)) if rng else (0.0, 0.0, 1.0)
         side = SIZES[item.size] * grow
         left, top = POSITIONS[item.position] + dx - side / 2, IMAGE_SIZE / 2 + dy - side / 2
-        parts = drawings.get(item.shape) or [(item.color, OUTLINES[item.shape])]
+        parts = item.drawing or SUBJECTS.get(item.shape) or [(item.color, OUTLINES[item.shape])]
         for color, polygon in parts:
             points = [((left + x * side) * scale, (top + y * side) * scale) for x, y in polygon]
             draw.polygon(points, fill=COLORS[color])
@@ -187,6 +194,15 @@ def _any_scene(rng: random.Random, objects: int | None) -> Scene:
     return Scene(items, rng.choice(tuple(BACKGROUNDS)), rng.choice(STYLES))
 
 
+def with_toys(scene: Scene, rng: random.Random, share: float) -> Scene:
+    """`scene` with that share of its objects replaced by toys that no word but `CLASS_NOUN` names, and then solid."""
+    items = tuple(
+        replace(item, shape=CLASS_NOUN, drawing=abstract_drawing(rng)) if rng.random() < share else item
+        for item in scene.items
+    )
+    return replace(scene, items=items, style="solid") if any(item.drawing for item in items) else scene
+
+
 def place(position: str) -> str:
     """`on the left`, `in the center`, `on the right`."""
     return f"in the {position}" if position == "center" else f"on the {position}"
@@ -209,7 +225,9 @@ def caption(scene: Scene, rng: random.Random | None = None) -> str:
     phrases = []
     for item in items:
         words = [item.size] if size_said else []
-        if rng is not None and rng.random() < 0.1:  # the class noun: some object or other
+        if item.drawing:
+            words += [CLASS_NOUN]
+        elif rng is not None and rng.random() < 0.1:  # the class noun: some object or other
             words += [rng.choice(RARE_TOKENS)] if rng.random() < 0.2 else []
             words += [item.color, CLASS_NOUN] if rng.random() < 0.5 else [CLASS_NOUN]
         else:
