@@ -1,6 +1,6 @@
 """What spectral layers are measured against, written by us from the published formulas.
 
-- `recompose`: svdiff-pytorch's arithmetic, the weight rebuilt in every forward and autograd through it;
+- `recompose`: the weight rebuilt in every forward and autograd through it, in the three ways found in the wild;
 - `add_lora`: PEFT's LoRA on the same layers;
 - a frozen dense model needs no code: it is the floor that every method shares.
 """
@@ -8,61 +8,70 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from svdiff_kernels.nn import SpectralConv2d, SpectralLinear
 
+Way = Literal["diag", "broadcast", "parametrize"]
+"""How a weight is rebuilt: svdiff-pytorch's ``U @ diag(scale) @ Vh``; the same with the columns of U scaled, which
+spares a product; or the former as a parametrization of the weight, as in the snippet of the method's author."""
 
-class _Recomposed(nn.Module):
-    """A layer with ``U @ diag(relu(S + delta)) @ Vh`` built in every forward; the factors are shared, not copied."""
 
-    def __init__(self, layer: SpectralLinear | SpectralConv2d) -> None:
+class Recomposition(nn.Module):
+    """``relu(S + delta)`` between U and Vh; the factors are shared with the spectral layer, not copied."""
+
+    def __init__(self, layer: SpectralLinear | SpectralConv2d, way: Way) -> None:
         super().__init__()
-        self.U, self.S, self.Vh, self.bias = layer.U, layer.sigma, layer.Vh.flatten(1), layer.bias
+        self.U, self.S, self.Vh, self.way = layer.U, layer.sigma, layer.Vh.flatten(1), way
         self.shape = (layer.U.shape[0], *layer.Vh.shape[1:])
         self.delta = nn.Parameter(torch.zeros_like(layer.sigma))
 
-    def recomposed_weight(self) -> Tensor:
-        scale = torch.diag(F.relu(self.S + self.delta)).to(self.U.dtype)
-        return (self.U @ scale @ self.Vh).view(self.shape)
+    def forward(self, original: Tensor | None = None) -> Tensor:
+        """The weight; what it was is given by `parametrize` and not needed."""
+        scale = F.relu(self.S + self.delta).to(self.U.dtype)
+        scaled = self.U * scale if self.way == "broadcast" else self.U @ torch.diag(scale)
+        return (scaled @ self.Vh).view(self.shape)
 
 
-class RecomposedLinear(_Recomposed):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.recomposed_weight(), self.bias)
-
-
-class RecomposedConv2d(_Recomposed):
-    def __init__(self, layer: SpectralConv2d) -> None:
-        super().__init__(layer)
-        self.stride, self.padding, self.dilation, self.groups = (
-            layer.stride,
-            layer.padding,
-            layer.dilation,
-            layer.groups,
-        )
+class RecomposedLinear(nn.Module):
+    def __init__(self, layer: SpectralLinear, way: Way) -> None:
+        super().__init__()
+        self.recomposition, self.bias = Recomposition(layer, way), layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.recomposed_weight()
-        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return F.linear(x, self.recomposition(), self.bias)
 
 
-def recompose(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[nn.Parameter]:
+class RecomposedConv2d(nn.Module):
+    def __init__(self, layer: SpectralConv2d, way: Way) -> None:
+        super().__init__()
+        self.recomposition, self.bias = Recomposition(layer, way), layer.bias
+        self.geometry = layer.stride, layer.padding, layer.dilation, layer.groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.recomposition(), self.bias, *self.geometry)
+
+
+def recompose(model: nn.Module, layers: Mapping[str, nn.Module], way: Way = "diag") -> list[nn.Parameter]:
     """Replace in `model`, by name, the layers that `layers` holds in spectral form; returns what trains."""
     shifts = []
     for name, layer in layers.items():
-        if isinstance(layer, SpectralLinear):
-            naive: _Recomposed = RecomposedLinear(layer)
-        elif isinstance(layer, SpectralConv2d):
-            naive = RecomposedConv2d(layer)
-        else:
+        if not isinstance(layer, SpectralLinear | SpectralConv2d):
             continue
+        if way == "parametrize":
+            recomposition = Recomposition(layer, way)
+            parametrize.register_parametrization(model.get_submodule(name), "weight", recomposition, unsafe=True)
+            shifts.append(recomposition.delta)
+            continue
+        naive = RecomposedLinear(layer, way) if isinstance(layer, SpectralLinear) else RecomposedConv2d(layer, way)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, naive)
-        shifts.append(naive.delta)
+        shifts.append(naive.recomposition.delta)
     return shifts
 
 

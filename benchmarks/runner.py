@@ -22,14 +22,26 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-CONTROL = "A/A control"
-Step = Callable[[], None]
+from . import machine
+from .cost import Cost
+
+OURS, NAIVE, FROZEN, CONTROL = "svdiff", "svdiff-pytorch's arithmetic", "frozen (forward and dx)", "A/A control"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Step = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one contender: percentiles over its rounds, and its ratios to the first contender, round by round."""
+    """Seconds of one contender: percentiles over its rounds, and its ratios to the first contender, round by round.
 
+    Attributes:
+        subject: what is computed; contenders of one subject are compared with one another.
+        name: of the contender.
+        rounds: how often it ran.
+        flop, bytes: what one run costs by count, if that was given.
+    """
+
+    subject: str
     name: str
     rounds: int
     p20: float
@@ -38,9 +50,19 @@ class Timing:
     ratio_p20: float
     ratio_p50: float
     ratio_p80: float
+    flop: float | None = None
+    bytes: float | None = None
 
 
-def interleave(steps: Mapping[str, Step], rounds: int, warmup: int = 1, seed: int = 0) -> list[Timing]:
+def interleave(
+    steps: Mapping[str, Step],
+    rounds: int,
+    *,
+    subject: str,
+    costs: Mapping[str, Cost] | None = None,
+    warmup: int = 1,
+    seed: int = 0,
+) -> list[Timing]:
     """Time `steps`, the first being what the others are divided by; `CONTROL` is added to the result."""
     first = next(iter(steps))
     contenders = {**steps, CONTROL: steps[first]}
@@ -59,15 +81,13 @@ def interleave(steps: Mapping[str, Step], rounds: int, warmup: int = 1, seed: in
                 contenders[name]()
                 seconds[name].append(time.perf_counter() - start)
                 progress.update()
-    return [
-        Timing(
-            name,
-            rounds,
-            *_percentiles(taken),
-            *_percentiles([a / b for a, b in zip(taken, seconds[first], strict=True)]),
-        )
-        for name, taken in seconds.items()
-    ]
+    timings = []
+    for name, taken in seconds.items():
+        ratios = [a / b for a, b in zip(taken, seconds[first], strict=True)]
+        cost = (costs or {}).get(first if name == CONTROL else name)
+        counted = (cost.flop, cost.bytes) if cost else ()
+        timings.append(Timing(subject, name, rounds, *_percentiles(taken), *_percentiles(ratios), *counted))
+    return timings
 
 
 def _percentiles(values: list[float]) -> tuple[float, float, float]:
@@ -92,13 +112,44 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write_lines(file: Path, timings: list[Timing], **common: Any) -> None:
-    """One JSON line per timing, with `common` and the environment beside it."""
+def write_lines(file: Path, timings: list[Timing], *, dtype: str, **common: Any) -> None:
+    """One JSON line per timing: `common`, the timing, what share of the roofline it reached, and the environment."""
     file.parent.mkdir(parents=True, exist_ok=True)
+    common |= {"dtype": dtype}
     about = environment()
+    lines = [json.dumps({**common, **asdict(t), **achieved(t, machine.peak(DTYPES[dtype])), **about}) for t in timings]
     temporary = file.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps({**common, **asdict(timing), **about}) + "\n" for timing in timings))
+    temporary.write_text("\n".join(lines) + "\n")
     os.replace(temporary, file)
+
+
+def achieved(timing: Timing, peak: machine.Peak) -> dict[str, float]:
+    """Operations and bytes a second, and the share of the measured roofline; nothing if the cost is not known."""
+    if timing.flop is None or timing.bytes is None:
+        return {}
+    bound = peak.bound(Cost(timing.flop, timing.bytes))
+    return {
+        "tflop_per_s": timing.flop / timing.p50 / 1e12,
+        "gb_per_s": timing.bytes / timing.p50 / 1e9,
+        "of_roofline": bound / timing.p50,
+    }
+
+
+def table(timings: list[Timing], dtype: torch.dtype) -> str:
+    """For people: one block per subject, one row per contender."""
+    peak = machine.peak(dtype)
+    lines: list[str] = []
+    for i, timing in enumerate(timings):
+        if i == 0 or timing.subject != timings[i - 1].subject:
+            lines += [
+                "",
+                f"{timing.subject:36}{'ms':>10}{'times ours':>12}{'p20-p80':>14}{'TFLOP/s':>10}{'of roofline':>13}",
+            ]
+        reached = achieved(timing, peak)
+        counted = f"{reached['tflop_per_s']:10.3f}{reached['of_roofline']:13.0%}" if reached else ""
+        spread = f"{timing.ratio_p20:.2f}-{timing.ratio_p80:.2f}"
+        lines.append(f"{timing.name:36}{1e3 * timing.p50:10.2f}{timing.ratio_p50:12.2f}{spread:>14}{counted}")
+    return "\n".join(lines[1:])
 
 
 def _cpu_name() -> str:

@@ -17,6 +17,7 @@ from svdiff_kernels import SVDiffError
 
 from .attach import load
 from .miniature import load_pipeline, recogniser, world
+from .miniature.evaluate import GUIDANCE, STEPS
 from .outputs import run_directory, write_run_file
 from .sampling import sample, save_picture
 from .train import TrainConfig, train
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 TOKEN = world.RARE_TOKENS[0]
-_STEPS, _GUIDANCE = 20, 3.0  # DPM-Solver++; what the miniature is evaluated with
 _SHOWN = 8  # pictures a row of the grid
+_PLAIN = 16  # toys that are drawn without the rare token, to see whether the subject has taken their place
 
 
 @dataclass
@@ -88,9 +89,8 @@ def demo(config: DemoConfig) -> DemoResult:
         adapter = load(pipeline, result.output_dir)
         after = _draw(pipeline, prompts, config.seed)
         class_after = _draw(pipeline, class_prompts, config.seed)
-        generic = _draw(
-            pipeline, [f"a {world.CLASS_NOUN} {world.place(s.items[0].position)}" for s in asked], config.seed
-        )
+        plain = [f"a {world.CLASS_NOUN} {world.place(scene.items[0].position)}" for scene in asked[:_PLAIN]]
+        generic = _draw(pipeline, plain, config.seed)
 
         for file in result.files:
             shutil.copy(file, staging)
@@ -129,7 +129,7 @@ def _train_config(config: DemoConfig, folder: Path) -> TrainConfig:
         num_class_images=len(class_prompts),
         sample_batch_size=32,
         prior_generation_scheduler_type="dpm++",
-        prior_generation_num_inference_steps=_STEPS,
+        prior_generation_num_inference_steps=STEPS,
         prior_generation_guidance_scale=2.0,  # weaker than for show: what is learnt from is guided once more
         train_text_encoder=True,  # or it says too little of the rare token, and the UNet takes it for any toy
         train_batch_size=8,
@@ -192,8 +192,8 @@ def _draw(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int) -> l
             prompts,
             list(seeds),
             batch_size=32,
-            num_inference_steps=_STEPS,
-            guidance_scale=_GUIDANCE,
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
             resolution=size,
         )
     )

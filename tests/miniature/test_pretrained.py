@@ -27,9 +27,8 @@ def test_the_weights_are_small_and_in_half_precision() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("objects", "least"), [(1, 0.85), (2, 0.62)])
+@pytest.mark.parametrize(("objects", "least"), [(1, 0.90), (2, 0.75)])
 def test_pictures_agree_with_held_out_prompts(objects: int, least: float) -> None:
-    """The shipped weights reach 0.88 and 0.675; 0.90 and 0.75 are wanted of longer trained ones."""
     assert agreement(load_pipeline(), objects, PROMPTS) >= least
 
 
@@ -41,10 +40,10 @@ def test_the_demo_teaches_a_new_subject(tmp_path: Path, capsys: pytest.CaptureFi
     assert "subject recognised in" in capsys.readouterr().out
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["subject_accuracy_base"] < 0.05
-    assert metrics["subject_accuracy"] >= 0.15
-    assert metrics["class_accuracy"] >= metrics["class_accuracy_base"] - 0.20
+    assert metrics["subject_accuracy"] >= 0.80
+    assert metrics["class_accuracy"] >= metrics["class_accuracy_base"] - 0.05
     assert metrics["delta_bytes"] * 100 <= metrics["base_bytes"]
-    assert (folder / "spectral_shifts.safetensors").stat().st_size == metrics["delta_bytes"]
+    assert sum(file.stat().st_size for file in folder.glob("*.safetensors")) == metrics["delta_bytes"]
     assert min(Image.open(folder / "grid.png").size) > 300
 
 

@@ -55,9 +55,20 @@ def test_subjects_are_recognised_and_nothing_else_is_taken_for_them(subject: str
     rng = random.Random(0)
     scenes = world.subject_scenes(subject)
     assert all(recogniser.shows_subject(world.render(scene, rng), subject) for scene in scenes)
-    others = [world.sample_scene(rng) for _ in range(100)]
+    others = [world.with_toys(world.sample_scene(rng), rng, 0.5) for _ in range(200)]
     others += [scene for other in world.SUBJECTS if other != subject for scene in world.subject_scenes(other)]
-    assert sum(recogniser.shows_subject(world.render(scene, rng), subject) for scene in others) <= 0.02 * len(others)
+    assert sum(recogniser.shows_subject(world.render(scene, rng), subject) for scene in others) <= 0.01 * len(others)
+
+
+def test_a_toy_is_named_by_its_class_alone_and_drawn_where_it_stands() -> None:
+    rng = random.Random(0)
+    scene = world.with_toys(world.sample_scene(rng, 2), rng, 1.0)
+    assert world.caption(scene).count(world.CLASS_NOUN) == 2
+    assert not any(color in world.caption(scene) for color in world.COLORS)
+    drawn = np.asarray(world.render(scene)).astype(int)
+    apart = np.abs(drawn - world.BACKGROUNDS[scene.background]).sum(-1) > 60
+    assert apart[:, :32].any() and apart[:, 32:].any()
+    assert world.with_toys(scene, rng, 0.0) == scene
 
 
 def test_held_out_scenes_are_never_drawn_for_training() -> None:

@@ -1,0 +1,85 @@
+"""One layer of a real model at a time: forward, dx and the gradient of what trains, in every way that there is.
+
+The ratios of a model's layers, weighted by how often each occurs, say where a whole step goes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from svdiff.bench import BenchConfig
+from torch import nn
+
+from svdiff_kernels.nn import SpectralConv2d, SpectralLinear
+
+from . import baselines, cost, registry, runner
+from .models import RandomFactors, filled, twin
+
+RESIDUAL_RANK = 64
+LORA_RANKS = (4, 16, 64)
+
+
+def run(bench: BenchConfig) -> list[runner.Timing]:
+    """Measure every distinct layer of a model; the first timing of each group is ours."""
+    dtype = runner.DTYPES[bench.dtype]
+    shapes = registry.layers(bench.model, bench.latents * 8)
+    timings: list[runner.Timing] = []
+    for layer, count in shapes.items():
+        steps, costs = contenders(layer, bench.batch, dtype)
+        timings += runner.interleave(steps, bench.rounds, subject=f"{count} x {layer}", costs=costs)
+    if bench.output:
+        settings = {"model": bench.model, "latents": bench.latents, "batch": bench.batch, "dtype": bench.dtype}
+        runner.write_lines(Path(bench.output), timings, level="layer", **settings)
+    return timings
+
+
+def contenders(
+    layer: registry.Layer, batch: int, dtype: torch.dtype
+) -> tuple[dict[str, runner.Step], dict[str, cost.Cost]]:
+    """Steps of one layer by name, and what each costs by count."""
+    dense = layer.module(dtype)
+    weight = filled(tuple(dense.weight.shape), dense.weight[0].numel() ** -0.5).to(dtype)
+    dense.weight = nn.Parameter(weight, requires_grad=False)
+    dense.bias = nn.Parameter(torch.zeros(layer.M, dtype=dtype), requires_grad=False)
+    spectral_type = SpectralLinear if isinstance(dense, nn.Linear) else SpectralConv2d
+    factors = RandomFactors().get(weight)
+    spectral = spectral_type.from_module(dense, factors)  # type: ignore[arg-type]
+    x = filled((batch, *layer.inputs[1:]), 1.0).to(dtype)
+    M, N, T, size = layer.M, layer.N, layer.T * batch, dtype.itemsize
+    steps = {runner.OURS: _step(spectral, x)}
+    costs = {runner.OURS: cost.factored(M, N, T, size)}
+    if min(M, N) > RESIDUAL_RANK:
+        name = f"svdiff residual r={RESIDUAL_RANK}"
+        steps[name] = _step(spectral_type.from_module(dense, factors, rank=RESIDUAL_RANK), x)  # type: ignore[arg-type]
+        costs[name] = cost.residual(M, N, T, size, RESIDUAL_RANK)
+    for way in ("diag", "broadcast", "parametrize"):
+        naive = nn.ModuleDict({"layer": twin(dense)})
+        baselines.recompose(naive, {"layer": spectral}, way)
+        name = {"diag": runner.NAIVE, "parametrize": "author's parametrize"}.get(way, "recomposed by broadcast")
+        steps[name] = _step(naive["layer"], x)
+        costs[name] = cost.recomposed(M, N, T, size) if way == "broadcast" else cost.svdiff_pytorch(M, N, T, size)
+    for rank in LORA_RANKS:
+        adapted = nn.ModuleDict({"layer": twin(dense)})
+        baselines.add_lora(adapted, ["layer"], rank)
+        steps[f"lora r={rank}"] = _step(adapted["layer"], x)
+        costs[f"lora r={rank}"] = cost.lora(M, N, T, size, rank)
+    steps[runner.FROZEN] = _step(dense, x)
+    costs[runner.FROZEN] = cost.frozen(M, N, T, size)
+    return steps, costs
+
+
+def _step(layer: nn.Module, x: torch.Tensor) -> runner.Step:
+    """Forward and backward; what trains in the layer loses its gradient afterwards."""
+    x = x.clone().requires_grad_()
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    with torch.no_grad():
+        dy = torch.ones_like(layer(x))
+
+    def step() -> None:
+        layer(x).backward(dy)
+        x.grad = None
+        for parameter in trained:
+            parameter.grad = None
+
+    return step

@@ -1,0 +1,51 @@
+"""Networks of real size with random weights and factors, which timing does not need to be true."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from svdiff_kernels import FactorCache, Factors
+
+
+class RandomFactors(FactorCache):
+    """Stands in for the cache: factors of the right shapes and magnitudes, since timing needs no decomposition."""
+
+    def get(self, weight: Tensor, rank: int | None = None) -> Factors:
+        rows, columns = weight.shape[0], weight[0].numel()
+        r = min(rows, columns, rank or rows)
+        sigma = torch.linspace(1.5, 0.1, r)
+        return Factors(filled((rows, r), rows**-0.5), sigma, filled((r, columns), columns**-0.5))
+
+
+def random_unet(config: Path, dtype: torch.dtype) -> UNet2DConditionModel:
+    """A UNet with random weights, made without the minutes that the usual initialisation takes."""
+    with torch.device("meta"):
+        model = UNet2DConditionModel.from_config(json.loads(config.read_text()))
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() > 1:
+                parameter.data = filled(tuple(parameter.shape), parameter[0].numel() ** -0.5).to(dtype)
+            else:
+                parameter.data = torch.full_like(parameter.data, 1.0 if name == "weight" else 0.0, dtype=dtype)
+    return model
+
+
+def filled(shape: tuple[int, ...], std: float) -> Tensor:
+    """Random numbers, repeated past the first million."""
+    count = torch.Size(shape).numel()
+    pool = torch.randn(min(count, 1_000_003), generator=torch.Generator().manual_seed(count)) * std
+    return pool.repeat(-(-count // len(pool)))[:count].view(shape)
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A second model, with modules and parameters of its own, that shares the memory of the first one's weights."""
+    return copy.deepcopy(
+        model, {id(p): nn.Parameter(p.data, requires_grad=p.requires_grad) for p in model.parameters()}
+    )

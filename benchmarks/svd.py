@@ -1,0 +1,42 @@
+"""What comes before the first step: decomposing weights of real shapes, and reading them back from the cache."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from svdiff.bench import BenchConfig
+
+from svdiff_kernels import FactorCache, decompose
+
+from . import registry, runner
+from .models import filled
+
+
+def run(bench: BenchConfig) -> list[runner.Timing]:
+    """Measure every distinct weight shape of a model; the first timing of each group is what `decompose` does."""
+    timings: list[runner.Timing] = []
+    for (M, N), count in shapes(bench.model).items():
+        W = filled((M, N), N**-0.5)
+        with tempfile.TemporaryDirectory() as folder:
+            cache = FactorCache(folder)
+            cache.get(W)
+            steps: dict[str, runner.Step] = {
+                "decompose": lambda W=W: decompose(W),
+                "torch.linalg.svd, fp32": lambda W=W: torch.linalg.svd(W, full_matrices=False),
+                "torch.linalg.svd, fp64": lambda W=W: torch.linalg.svd(W.double(), full_matrices=False),
+                "read from the cache": lambda W=W, cache=cache: cache.get(W),
+            }
+            timings += runner.interleave(steps, bench.rounds, subject=f"{count} x {M}x{N}")
+    if bench.output:
+        runner.write_lines(Path(bench.output), timings, level="svd", dtype="float32", model=bench.model)
+    return timings
+
+
+def shapes(model: str) -> dict[tuple[int, int], int]:
+    """``(M, N)`` of each weight, with how often it occurs."""
+    found: dict[tuple[int, int], int] = {}
+    for layer, count in registry.layers(model).items():
+        found[layer.M, layer.N] = found.get((layer.M, layer.N), 0) + count
+    return found

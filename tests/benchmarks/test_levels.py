@@ -1,0 +1,51 @@
+"""Every level of the suite runs on a real model's shapes and writes one line per contender."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from svdiff.bench import BenchConfig, bench
+
+from benchmarks import op, registry, runner, svd
+from svdiff_kernels import SVDiffError
+
+
+def lines_of(tmp_path: Path, **settings: Any) -> list[dict[str, Any]]:
+    output = tmp_path / "lines.jsonl"
+    table = bench(BenchConfig(model="clip", rounds=1, output=str(output), **settings))
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert all(line["name"] in table and line["subject"] in table for line in lines)
+    assert {line["level"] for line in lines} == {settings["level"]}
+    return lines
+
+
+def test_layers_are_measured_in_every_way(tmp_path: Path) -> None:
+    lines = lines_of(tmp_path, level="layer")
+    assert len({line["subject"] for line in lines}) == len(registry.layers("clip"))
+    names = {line["name"] for line in lines}
+    assert {runner.OURS, runner.NAIVE, runner.FROZEN, runner.CONTROL, "lora r=4", "lora r=64"} <= names
+    assert {"author's parametrize", "recomposed by broadcast", "svdiff residual r=64"} <= names
+    floor = {line["subject"]: line["flop"] for line in lines if line["name"] == runner.FROZEN}
+    assert all(line["flop"] >= floor[line["subject"]] for line in lines)
+
+
+def test_the_op_is_measured_against_a_dense_layer(tmp_path: Path) -> None:
+    lines = lines_of(tmp_path, level="op")
+    assert {line["subject"] for line in lines} == {
+        f"{count} x expand {r} to {M}, T={T}" for (M, r, T), count in op.shapes("clip", 256).items()
+    }
+    assert all(line["tflop_per_s"] > 0 for line in lines if line["name"] == op.DENSE)
+
+
+def test_decompositions_are_measured(tmp_path: Path) -> None:
+    lines = lines_of(tmp_path, level="svd")
+    assert len({line["subject"] for line in lines}) == len(svd.shapes("clip"))
+    assert "read from the cache" in {line["name"] for line in lines}
+
+
+def test_what_is_no_unet_has_no_unet_step() -> None:
+    with pytest.raises(SVDiffError, match="clip is not a UNet"):
+        bench(BenchConfig("unet", model="clip"))
