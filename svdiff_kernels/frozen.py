@@ -19,8 +19,8 @@ _TILE = 2**20
 _FEW_PIXELS = 128
 """Up to here a conv on a CPU runs as one GEMM over unfolded patches.
 
-oneDNN reorders the whole weight in every call, which few pixels do not pay back: 1280 to 1280 channels, 3x3, fp32, 8x8
-pixels, one thread took 128 ms forward and 126 backward, and take 48 and 49. At 16x16 pixels it is a draw.
+oneDNN reorders the whole weight in every call, which few pixels do not pay back. At 8x8 pixels unfolding is far ahead, at
+16x16 it is a draw.
 """
 
 
