@@ -2,7 +2,7 @@
 
 A multiplication and an addition are two operations. Bytes are the least that must move: every weight and activation
 that a GEMM reads or writes, once per GEMM. T rows, weight ``[M, N]``, m = min(M, N); forward, dx and the gradient of
-what trains. `docs/performance.md` derives the same in words.
+what trains.
 """
 
 from __future__ import annotations

@@ -44,14 +44,14 @@ def contenders(
     dense.bias = nn.Parameter(torch.zeros(layer.M, dtype=dtype), requires_grad=False)
     spectral_type = SpectralLinear if isinstance(dense, nn.Linear) else SpectralConv2d
     factors = RandomFactors().get(weight)
-    spectral = spectral_type.from_module(dense, factors)  # type: ignore[arg-type]
+    spectral = spectral_type.from_module(dense, factors)
     x = filled((batch, *layer.inputs[1:]), 1.0).to(dtype)
     M, N, T, size = layer.M, layer.N, layer.T * batch, dtype.itemsize
     steps = {runner.OURS: _step(spectral, x)}
     costs = {runner.OURS: cost.factored(M, N, T, size)}
     if min(M, N) > RESIDUAL_RANK:
         name = f"svdiff residual r={RESIDUAL_RANK}"
-        steps[name] = _step(spectral_type.from_module(dense, factors, rank=RESIDUAL_RANK), x)  # type: ignore[arg-type]
+        steps[name] = _step(spectral_type.from_module(dense, factors, rank=RESIDUAL_RANK), x)
         costs[name] = cost.residual(M, N, T, size, RESIDUAL_RANK)
     for way in ("diag", "broadcast", "parametrize"):
         naive = nn.ModuleDict({"layer": twin(dense)})

@@ -19,8 +19,7 @@ _TILE = 2**20
 _FEW_PIXELS = 128
 """Up to here a conv on a CPU runs as one GEMM over unfolded patches.
 
-oneDNN reorders the whole weight in every call, which few pixels do not pay back. At 8x8 pixels unfolding is far ahead,
-at 16x16 it is a draw.
+oneDNN reorders the whole weight in every call, which few pixels do not pay back.
 """
 
 

@@ -64,7 +64,7 @@ def agreement(pipeline: StableDiffusionPipeline, objects: int, prompts: int = 20
 
 @torch.no_grad()
 def draw(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int = 0, batch: int = 32) -> list[Image]:
-    """One picture per prompt with DPM-Solver++, 20 steps, guidance 2.5."""
+    """One picture per prompt with DPM-Solver++, `STEPS` steps, guidance `GUIDANCE`."""
     scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     sampler = StableDiffusionPipeline(**{**pipeline.components, "scheduler": scheduler}, requires_safety_checker=False)
     sampler.set_progress_bar_config(disable=True)

@@ -26,6 +26,9 @@ _MIN_AREA = 24  # pixels; smaller specks are noise
 _SUBJECT_AGREEMENT = 0.65
 
 _COLOR_NAMES = tuple(COLORS)
+_PALETTE = np.array(list(COLORS.values()), dtype=np.float32)
+_PALETTE -= _PALETTE.mean(-1, keepdims=True)  # without their gray
+_HUES = _PALETTE / np.linalg.norm(_PALETTE, axis=-1, keepdims=True)  # [colors, 3], unit vectors
 
 Array = npt.NDArray[np.float32]
 
@@ -124,10 +127,7 @@ def _to_grid(mask: npt.NDArray[np.bool_], like: npt.NDArray[np.bool_] | None = N
 
 def _nearest_color(pixels: Array) -> npt.NDArray[np.int64]:
     """The palette colour of nearest hue for each pixel ``[64, 64, 3]``: what is left without the gray, by angle."""
-    palette = np.array(list(COLORS.values()), dtype=np.float32)
-    palette -= palette.mean(-1, keepdims=True)
-    palette /= np.linalg.norm(palette, axis=-1, keepdims=True)
-    return ((pixels - pixels.mean(-1, keepdims=True)) @ palette.T).argmax(-1)
+    return ((pixels - pixels.mean(-1, keepdims=True)) @ _HUES.T).argmax(-1)
 
 
 def _painted(mask: npt.NDArray[np.bool_], nearest: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
