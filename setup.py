@@ -15,7 +15,8 @@ from typing import Any
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-SOURCES = ["csrc/bindings.cpp", "csrc/cpu/expand.cpp"]
+SOURCES = ["csrc/bindings.cpp", "csrc/autograd.cpp", *(f"csrc/cpu/{name}.cpp" for name in ("expand", "frozen", "gemm"))]
+HEADERS = ["csrc/ops.h", "csrc/cpu/gemm.h"]
 
 
 def missing_tool() -> str | None:
@@ -65,7 +66,7 @@ def extension_arguments() -> dict[str, Any]:
     extension = CppExtension(
         "svdiff_kernels._C",
         SOURCES,
-        depends=["csrc/expand.h"],
+        depends=HEADERS,
         extra_compile_args={"cxx": ["-O3", "-fopenmp", "-fno-math-errno", "-Wall"]},
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": OptionalBuild}}

@@ -1,4 +1,4 @@
-"""Which implementation serves the op: the C++ extension on CPUs where it was built, `reference` everywhere else.
+"""Which implementation serves the ops: the C++ extension on CPUs where it was built, `reference` everywhere else.
 
 The environment variable ``SVDIFF_BACKEND`` overrides that: "reference" leaves the extension alone, "cpu" insists on it.
 It is read once, when svdiff_kernels is imported.
@@ -10,7 +10,7 @@ import importlib
 import os
 from types import ModuleType
 
-from . import reference  # noqa: F401  (registers the fallback of every device)
+from . import ops, reference  # noqa: F401  (reference registers the fallback of every device)
 from .errors import SVDiffError
 
 CHOICES = ("auto", "reference", "cpu")
@@ -35,8 +35,10 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 extension, why_no_extension = _load()
+if extension is None:
+    ops.register_autograd()
 
 
 def serving(device_type: str) -> str:
-    """The name of the backend that runs the op on this kind of device: "cpu" or "reference"."""
+    """The name of the backend that runs the ops on this kind of device: "cpu" or "reference"."""
     return "cpu" if device_type == "cpu" and extension is not None else "reference"

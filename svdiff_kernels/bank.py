@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -91,7 +91,7 @@ class Bank(nn.Module):
             parameter = nn.Parameter(self.base.new_zeros(size), requires_grad=name == TRAINED)
             self.register_parameter(f"{kind}_{name}", parameter)
         self._names.append(name)
-        self._set_mix_tensor([*self.mix.tolist(), 0.0])
+        self._set_mix_tensor(torch.nn.functional.pad(self.mix, (0, 1)))
 
     def remove(self, name: str) -> None:
         """Forget an adapter; "default" stays, since the layers' deltas are views of it."""
@@ -100,24 +100,33 @@ class Bank(nn.Module):
             raise SVDiffError(
                 f"adapter {TRAINED!r} is the one that trains and cannot be removed; leave it out of the mix"
             )
-        weights = self.mix.tolist()
-        del weights[self._names.index(name)]
+        others = [i for i, other in enumerate(self._names) if other != name]
         self._names.remove(name)
         delattr(self, f"matrices_{name}")
         delattr(self, f"one_dim_{name}")
-        self._set_mix_tensor(weights)
+        self._set_mix_tensor(self.mix[..., others])
 
-    def set_mix(self, weights: Mapping[str, float]) -> None:
-        """How much of each adapter acts; one that is not named does not. ``{}`` is the base model."""
-        for name, weight in weights.items():
+    def set_mix(self, weights: Mapping[str, float] | Sequence[Mapping[str, float]]) -> None:
+        """How much of each adapter acts; one that is not named does not. ``{}`` is the base model.
+
+        Args:
+            weights: for all samples alike; or a sequence, one for each of S samples, which split the first dimension
+                of every layer's input evenly, in order.
+        """
+        rows = [weights] if isinstance(weights, Mapping) else list(weights)
+        if not rows:
+            raise SVDiffError("a mix for no samples: give at least one")
+        for name, weight in (item for row in rows for item in row.items()):
             self._check_name(name)
             if not math.isfinite(weight):
                 raise SVDiffError(f"the weight of adapter {name!r} is {weight}, not a finite number")
-        self._set_mix_tensor([float(weights.get(name, 0.0)) for name in self._names])
+        mix = [[float(row.get(name, 0.0)) for name in self._names] for row in rows]
+        self._set_mix_tensor(self.base.new_tensor(mix[0] if isinstance(weights, Mapping) else mix))
 
     def get_mix(self) -> dict[str, float]:
-        """The adapters that act, with their weights."""
-        return {name: weight for name, weight in zip(self._names, self.mix.tolist(), strict=True) if weight != 0}
+        """The adapters that act, with their weights; where samples differ, the largest weight of any."""
+        largest = self.mix if self.mix.dim() == 1 else self.mix.gather(0, self.mix.abs().argmax(0, keepdim=True))[0]
+        return {name: weight for name, weight in zip(self._names, largest.tolist(), strict=True) if weight != 0}
 
     def delta_dict(self, name: str) -> dict[str, Tensor]:
         """A copy of an adapter's shifts, by layer."""
@@ -156,7 +165,7 @@ class Bank(nn.Module):
     def refresh(self) -> None:
         """Compute all gains and hand each layer its slice."""
         deltas = [p for name in self._names for p in self.parameters_of(name)]
-        gains = _Gains.apply(self.base, self.floor, self.mix, *deltas).split(self._sizes)
+        gains = _Gains.apply(self.base, self.floor, self.mix, *deltas).split(self._sizes, dim=-1)
         for layer, gain in zip(self._layers.values(), gains, strict=True):
             layer._bank_gain = gain
         if not torch.compiler.is_compiling():
@@ -189,8 +198,7 @@ class Bank(nn.Module):
         versions = (p._version for p in self._parameters.values() if p is not None)
         return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), self.mix._version, *versions
 
-    def _set_mix_tensor(self, weights: list[float]) -> None:
-        mix = torch.tensor(weights, dtype=self.base.dtype, device=self.base.device)
+    def _set_mix_tensor(self, mix: Tensor) -> None:
         if mix.shape == self.mix.shape:
             self.mix.copy_(mix)  # in place: a compiled model or a captured graph sees it
         else:
@@ -236,6 +244,8 @@ def _check_layers(layers: Mapping[str, SpectralModule]) -> None:
 class _Gains(torch.autograd.Function):
     """``max(base + sum of mix[a] * delta[a], floor)``; the gradient is zero where the floor holds, ties included.
 
+    mix is ``[A]``, or ``[S, A]`` for S samples; so the result is ``[R]`` or ``[S, R]``.
+
     What the backward pass needs stays on ctx, not among the saved tensors that a first backward() frees: several
     losses may share one refresh and be differentiated one after the other.
     """
@@ -243,8 +253,8 @@ class _Gains(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, base: Tensor, floor: Tensor, mix: Tensor, *deltas: Tensor) -> Tensor:
         gain = base
-        for weight, matrices, one_dim in zip(mix, deltas[::2], deltas[1::2], strict=True):
-            gain = torch.addcmul(gain, weight, torch.cat([matrices, one_dim]))
+        for a, (matrices, one_dim) in enumerate(zip(deltas[::2], deltas[1::2], strict=True)):
+            gain = torch.addcmul(gain, mix[..., a, None], torch.cat([matrices, one_dim]))
         ctx.held = gain <= floor
         ctx.mix, ctx.split = mix.clone(), deltas[0].shape[0]
         return torch.where(ctx.held, floor, gain)
@@ -254,6 +264,7 @@ class _Gains(torch.autograd.Function):
         dgain = dgain.masked_fill(ctx.held, 0)
         grads: list[Tensor | None] = []
         for i, needed in enumerate(ctx.needs_input_grad[3::2]):
-            d = dgain * ctx.mix[i] if needed else None
+            d = dgain * ctx.mix[..., i, None] if needed else None
+            d = d.sum(0) if d is not None and d.dim() == 2 else d
             grads += [None, None] if d is None else [d[: ctx.split], d[ctx.split :]]
         return None, None, None, *grads

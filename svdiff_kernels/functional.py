@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import frozen
-from .ops import expand
+from .ops import expand, frozen_conv2d, frozen_linear, is_half
 
 IntPair = int | tuple[int, ...]
 
@@ -146,12 +145,13 @@ def scaled_linear(
 ) -> Tensor:
     """`spectral_linear` with its `spectral_gain` given."""
     x, U, Vh, bias = _autocast(x, U, Vh, bias)
-    z = F.linear(x, Vh)
+    half = is_half(x.dtype)
+    z = frozen_linear(x, Vh) if half else F.linear(x, Vh)  # torch's own keeps no x either, but sums slowly in half
     if weight is None:
         return expand(z, U, _rows(gain), bias)
     correction = expand(z, U, _rows(gain))
-    if _is_half(x):
-        return (frozen.linear_wide(x, weight, bias) + correction).to(x.dtype)
+    if half:
+        return (frozen_linear(x, weight, bias, wide=True) + correction).to(x.dtype)
     return F.linear(x, weight, bias).add_(correction)
 
 
@@ -176,17 +176,15 @@ def scaled_conv2d(
     x, U, Vh, bias = _autocast(x, U, Vh, bias)
     stride, dilation = _pair(stride), _pair(dilation)
     x, padding = _resolve_padding(x, padding, dilation, Vh)
-    z = frozen.conv2d(x, Vh, None, stride, padding, dilation)
+    z = frozen_conv2d(x, Vh, None, stride, padding, dilation)
     # [B, r, H', W'] -> [B, P, r]: a view in either memory format, which expand keeps.
     y = expand(z.flatten(2).transpose(1, 2), U, _rows(gain), bias if weight is None else None)
     y = y.transpose(1, 2).unflatten(2, z.shape[2:])
     if weight is None:
         return y
-    if _is_half(x):
-        base = frozen.conv2d(x, weight, bias, stride, padding, dilation, wide=True)
-        return (base + y).to(x.dtype)
-    # torch's own conv, so that the base stays exact to the bit.
-    return frozen.conv2d(x, weight, bias, stride, padding, dilation, unfold=False).add_(y)
+    if is_half(x.dtype):
+        return (frozen_conv2d(x, weight, bias, stride, padding, dilation, wide=True) + y).to(x.dtype)
+    return frozen_conv2d(x, weight, bias, stride, padding, dilation, exact=True).add_(y)
 
 
 def scaled_embedding(
@@ -205,7 +203,7 @@ def scaled_embedding(
     if weight is None:
         return y
     base = F.embedding(ids, weight)
-    return base + y if not _is_half(y) else (base.float() + y).to(y.dtype)
+    return base + y if not is_half(y.dtype) else (base.float() + y).to(y.dtype)
 
 
 def recomposed_weight(U: Tensor, gain: Tensor, Vh: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -244,6 +242,11 @@ def recomposed_conv2d(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
+def recomposed_embedding(ids: Tensor, U: Tensor, gain: Tensor, Vh: Tensor, *, padding_idx: int | None = None) -> Tensor:
+    """`scaled_embedding` the naive way."""
+    return torch.cat([F.embedding(part, recomposed_weight(U, g, Vh), padding_idx) for part, g in _by_sample(ids, gain)])
+
+
 def _by_sample(x: Tensor, gain: Tensor) -> list[tuple[Tensor, Tensor]]:
     gains = _rows(gain)
     return list(zip(x.chunk(len(gains)) if len(gains) > 1 else (x,), gains, strict=True))
@@ -251,10 +254,6 @@ def _by_sample(x: Tensor, gain: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 def _rows(gain: Tensor) -> Tensor:
     return gain if gain.dim() == 2 else gain[None]
-
-
-def _is_half(x: Tensor) -> bool:
-    return x.dtype in (torch.bfloat16, torch.float16)
 
 
 def _autocast(x: Tensor, U: Tensor, Vh: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

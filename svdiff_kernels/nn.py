@@ -70,6 +70,17 @@ class SpectralModule(nn.Module):
         assert self._bank_gain is not None
         return self._bank_gain
 
+    def one_gain(self) -> Tensor:
+        """`gain`, where all samples must share it.
+
+        Raises:
+            SVDiffError: the bank's mix differs from sample to sample.
+        """
+        gain = self.gain()
+        if gain.dim() == 2:
+            raise SVDiffError("there is no one weight while samples have mixes of their own: set one mix for all")
+        return gain
+
     def gain_terms(self) -> tuple[Tensor, Tensor]:
         """``(base, floor)`` with ``gain = max(base + delta, floor)``: how a bank computes it."""
         if self.form == "residual":
@@ -114,7 +125,7 @@ class _SpectralMatrix(SpectralModule):
 
     def recomposed_weight(self) -> Tensor:
         """The shifted weight, as large as the original."""
-        return SF.recomposed_weight(self.U, self.gain(), self.Vh, self.base)
+        return SF.recomposed_weight(self.U, self.one_gain(), self.Vh, self.base)
 
     def _merge_into(self, plain: nn.Module) -> Any:
         plain.weight = nn.Parameter(self.recomposed_weight().detach(), requires_grad=False)
@@ -259,7 +270,7 @@ class SpectralEmbedding(_SpectralMatrix):
     def forward(self, ids: Tensor) -> Tensor:
         """``[*]`` integers to ``[*, embedding_dim]``."""
         if self.form == "recomposed":
-            return F.embedding(ids, self.recomposed_weight(), self.padding_idx)
+            return SF.recomposed_embedding(ids, self.U, self.gain(), self.Vh, padding_idx=self.padding_idx)
         return SF.scaled_embedding(ids, self.U, self.gain(), self.Vh, padding_idx=self.padding_idx, weight=self.base)
 
     def merge(self) -> nn.Embedding:
@@ -308,15 +319,29 @@ class _SpectralVector(SpectralModule):
             return self.sigma, torch.full_like(self.sigma, -torch.inf)
         return super().gain_terms()
 
-    def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        """Both at least in fp32: rounded to half precision, a weight would lose its small shift."""
-        weight = (self.gain() if self.direction is None else self.gain() * self.direction).view(self._weight_shape)
-        return weight, None if self.bias is None else self.bias.to(weight.dtype)
+    def _shifted(self, gain: Tensor) -> Tensor:
+        """The weight, at least in fp32: rounded to half precision it would lose its small shift."""
+        return gain if self.direction is None else gain * self.direction
+
+    def _affine(self, normed: Callable[[Tensor, Tensor | None, Tensor | None], Tensor], x: Tensor, dim: int) -> Tensor:
+        """``normed(x, weight, bias)`` in fp32; the weight, one per sample if they differ, runs along x's dim."""
+        weight = self._shifted(self.gain())
+        bias = None if self.bias is None else self.bias.to(weight.dtype)
+        wide = x.to(weight.dtype)
+        if weight.dim() == 1:
+            return normed(wide, weight.view(self._weight_shape), bias).to(x.dtype)
+        samples, y = len(weight), normed(wide, None, None)
+        if y.shape[0] % samples:
+            raise ValueError(f"a mix for {samples} samples, which do not split a batch of {y.shape[0]} evenly")
+        tail = [1] * (y.dim() - dim - len(self._weight_shape))
+        of_weight = [1] * (dim - 1) + [*self._weight_shape, *tail]
+        y = y * weight.repeat_interleave(y.shape[0] // samples, 0).view(-1, *of_weight)
+        return (y if bias is None else y + bias.view(*of_weight)).to(x.dtype)
 
     @property
     def weight(self) -> Tensor:
         """The shifted weight, in the dtype of the model."""
-        return self._weight_and_bias()[0].to(self.dtype)
+        return self._shifted(self.one_gain()).view(self._weight_shape).to(self.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.sigma.device)).dtype
@@ -343,8 +368,8 @@ class SpectralLayerNorm(_SpectralVector):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and dtype as x."""
-        weight, bias = self._weight_and_bias()
-        return F.layer_norm(x.to(weight.dtype), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+        shape, eps = self.normalized_shape, self.eps
+        return self._affine(lambda x, w, b: F.layer_norm(x, shape, w, b, eps), x, x.dim() - len(shape))
 
     def merge(self) -> nn.LayerNorm:
         """A plain layer norm with the shifted weight."""
@@ -366,8 +391,7 @@ class SpectralGroupNorm(_SpectralVector):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and dtype as x."""
-        weight, bias = self._weight_and_bias()
-        return F.group_norm(x.to(weight.dtype), self.num_groups, weight, bias, self.eps).to(x.dtype)
+        return self._affine(lambda x, w, b: F.group_norm(x, self.num_groups, w, b, self.eps), x, 1)
 
     def merge(self) -> nn.GroupNorm:
         """A plain group norm with the shifted weight."""

@@ -1,11 +1,16 @@
-"""The op behind every spectral layer: its schema, shapes and gradient. No arithmetic lives here.
+"""The ops behind every spectral layer: their schemas, shapes and gradients. No arithmetic lives here.
+
+`expand` is what SVDiff adds to a network. The other two are products with frozen weights, torch's own but for what they
+keep for the backward pass (the weight alone) and for how they sum half precision.
 
 Implementations register themselves with torch's dispatcher: `reference.py` for every device, ``csrc/cpu`` over it for
-CPUs. `backends.py` says which one serves.
+CPUs. Gradients are those of ``csrc/autograd.cpp``, or the same in Python from here where the extension is missing.
+`backends.py` says what serves.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +22,17 @@ library = torch.library.Library("svdiff", "DEF")
 library.define("expand(Tensor z, Tensor U, Tensor scale, Tensor? bias) -> Tensor", tags=_TAGS)
 library.define(
     "expand_backward(Tensor dy, Tensor? z, Tensor U, Tensor scale, bool need_dz) -> (Tensor, Tensor)", tags=_TAGS
+)
+library.define("frozen_linear(Tensor x, Tensor weight, Tensor? bias, bool wide) -> Tensor", tags=_TAGS)
+library.define(
+    "frozen_conv2d(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, "
+    "bool wide, bool exact) -> Tensor",
+    tags=_TAGS,
+)
+library.define(
+    "frozen_conv2d_backward(Tensor dy, Tensor weight, SymInt[2] size, int[2] stride, int[2] padding, int[2] dilation) "
+    "-> Tensor",
+    tags=_TAGS,
 )
 
 
@@ -38,6 +54,48 @@ def expand(z: Tensor, U: Tensor, scale: Tensor, bias: Tensor | None = None) -> T
         ``[*, M]`` in z's dtype. All sums accumulate in fp32 or wider.
     """
     return torch.ops.svdiff.expand.default(z, U, scale, bias)
+
+
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wide: bool = False) -> Tensor:
+    """``F.linear`` with a frozen weight and bias; all sums accumulate in fp32 or wider.
+
+    Args:
+        x: ``[*, N]``.
+        weight: ``[M, N]``, in x's dtype (or in fp32, if wide), any strides.
+        bias: ``[M]``, in x's dtype, or None.
+        wide: give an fp32 result for half-precision x, which the residual form needs to round its sum once.
+
+    Returns:
+        ``[*, M]``. The gradient of x is in the weight's dtype.
+    """
+    return torch.ops.svdiff.frozen_linear.default(x, weight, bias, wide)
+
+
+def frozen_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    *,
+    wide: bool = False,
+    exact: bool = False,
+) -> Tensor:
+    """``F.conv2d`` with a frozen weight and bias, of one group; torch's own keeps x although no weight gradient is due.
+
+    Args:
+        x: ``[B, C_in, H, W]`` in either memory format, which the result has too.
+        weight: ``[C_out, C_in, kh, kw]``, in x's dtype (or in fp32, if wide).
+        bias: ``[C_out]``, in x's dtype, or None.
+        stride, padding, dilation: pairs of numbers.
+        wide: see `frozen_linear`.
+        exact: sum in torch's order, so that full precision gives the same bits as ``F.conv2d``.
+
+    Returns:
+        ``[B, C_out, H', W']``. The gradient of x is in the weight's dtype.
+    """
+    return torch.ops.svdiff.frozen_conv2d.default(x, weight, bias, stride, padding, dilation, wide, exact)
 
 
 def columns_dense(z: Tensor) -> bool:
@@ -65,7 +123,58 @@ def _expand_backward_fake(
     return dz, scale.new_empty(scale.shape if z is not None else 0)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+def is_half(dtype: torch.dtype) -> bool:
+    """Is it a 16-bit floating-point type?"""
+    return dtype in (torch.bfloat16, torch.float16)
+
+
+def _result_dtype(x: Tensor, wide: bool) -> torch.dtype:
+    return torch.float32 if wide and is_half(x.dtype) else x.dtype
+
+
+@torch.library.register_fake("svdiff::frozen_linear", lib=library)
+def _frozen_linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, wide: bool) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=_result_dtype(x, wide))
+
+
+@torch.library.register_fake("svdiff::frozen_conv2d", lib=library)
+def _frozen_conv2d_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    wide: bool,
+    exact: bool,
+) -> Tensor:
+    size = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    ]
+    y = x.new_empty(x.shape[0], weight.shape[0], *size, dtype=_result_dtype(x, wide))
+    return y.to(memory_format=memory_format_of(x))
+
+
+@torch.library.register_fake("svdiff::frozen_conv2d_backward", lib=library)
+def _frozen_conv2d_backward_fake(
+    dy: Tensor,
+    weight: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    dx = weight.new_empty(dy.shape[0], weight.shape[1], *size)
+    return dx.to(memory_format=memory_format_of(dy))
+
+
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    """Of ``[B, C, H, W]``: channels last where the channels lie next to one another."""
+    return torch.channels_last if x.stride(1) == 1 and x.shape[1] > 1 else torch.contiguous_format
+
+
+def _expand_setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], output: Tensor) -> None:
     z, U, scale, _ = inputs
     if ctx.needs_input_grad[1]:
         raise ValueError("svdiff::expand: U requires grad, but the factors of a spectral layer are frozen")
@@ -73,7 +182,7 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None
     ctx.save_for_backward(U, scale, *([z] if ctx.needs_input_grad[2] else []))
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None]:
+def _expand_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None]:
     need_dz, _, need_dscale, need_dbias = ctx.needs_input_grad
     U, scale, *kept = ctx.saved_tensors
     dz, dscale, dbias = None, None, None
@@ -85,4 +194,29 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None,
     return dz if need_dz else None, None, dscale if need_dscale else None, dbias
 
 
-torch.library.register_autograd("svdiff::expand", _backward, setup_context=_setup_context, lib=library)
+def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, *geometry = inputs
+    if ctx.needs_input_grad[1]:
+        raise ValueError("svdiff: a frozen weight requires grad")
+    ctx.save_for_backward(weight)
+    ctx.geometry = x.shape[2:], *geometry[:3]
+
+
+def _frozen_linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    (weight,) = ctx.saved_tensors
+    return frozen_linear(dy.to(weight.dtype), weight.T), None, None, None
+
+
+def _frozen_conv2d_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    (weight,) = ctx.saved_tensors
+    return torch.ops.svdiff.frozen_conv2d_backward.default(dy, weight, *ctx.geometry), *(None,) * 7
+
+
+def register_autograd() -> None:
+    """Give the ops the gradients that the extension would bring."""
+    for name, backward, setup_context in (
+        ("expand", _expand_backward, _expand_setup_context),
+        ("frozen_linear", _frozen_linear_backward, _keep_weight),
+        ("frozen_conv2d", _frozen_conv2d_backward, _keep_weight),
+    ):
+        torch.library.register_autograd(f"svdiff::{name}", backward, setup_context=setup_context, lib=library)

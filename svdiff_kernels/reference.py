@@ -1,12 +1,17 @@
-"""`ops.expand` in plain torch, for any device and dtype: the truth for tests, and the fallback everywhere."""
+"""The ops of `ops.py` in plain torch, for any device and dtype: the truth for tests, and the fallback everywhere."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops import columns_dense, library
+from .ops import columns_dense, is_half, library, memory_format_of
+
+_TILE = 2**20
+"""Most elements of a half-precision weight that are held in fp32 at a time."""
 
 
 def _by_sample(z: Tensor, S: int) -> Tensor:
@@ -46,5 +51,59 @@ def expand_backward(dy: Tensor, z: Tensor | None, U: Tensor, scale: Tensor, need
     return _scaled(b, scale) if need_dz else dy.new_empty(0), dscale
 
 
-library.impl("expand", expand, "CompositeExplicitAutograd")
-library.impl("expand_backward", expand_backward, "CompositeExplicitAutograd")
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, wide: bool) -> Tensor:
+    """See `ops.frozen_linear`."""
+    if not (wide and is_half(x.dtype)):
+        return F.linear(x, weight, bias)
+    with torch.autocast(x.device.type, enabled=False):
+        y = torch.cat([F.linear(x.float(), tile.float()) for tile in _tiles(weight)], dim=-1)
+        return y if bias is None else y.add_(bias)
+
+
+def frozen_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    wide: bool,
+    exact: bool,
+) -> Tensor:
+    """See `ops.frozen_conv2d`."""
+    geometry = stride, padding, dilation
+    if not (wide and is_half(x.dtype)):
+        y = F.conv2d(x, weight, bias, *geometry)
+    else:
+        with torch.autocast(x.device.type, enabled=False):
+            y = torch.cat([F.conv2d(x.float(), tile.float(), None, *geometry) for tile in _tiles(weight)], dim=1)
+            y = y if bias is None else y.add_(bias[:, None, None])
+    return y.contiguous(memory_format=memory_format_of(x))
+
+
+def frozen_conv2d_backward(
+    dy: Tensor,
+    weight: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """Gradient of `frozen_conv2d`, ``[B, C_in, *size]``."""
+    # What the forward's floor division of the size dropped at the far edge.
+    extra = [
+        n - ((m - 1) * s - 2 * p + d * (k - 1) + 1)
+        for n, m, s, p, d, k in zip(size, dy.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True)
+    ]
+    dx = F.conv_transpose2d(dy.to(weight.dtype), weight, None, stride, padding, extra, 1, dilation)
+    return dx.contiguous(memory_format=memory_format_of(dy))
+
+
+def _tiles(weight: Tensor) -> tuple[Tensor, ...]:
+    """The weight in blocks of output rows, never more than a quarter of it at a time."""
+    rows = min(_TILE // max(1, weight[0].numel()), -(-weight.shape[0] // 4))
+    return weight.split(max(1, rows))
+
+
+for _op in (expand, expand_backward, frozen_linear, frozen_conv2d, frozen_conv2d_backward):
+    library.impl(_op.__name__, _op, "CompositeExplicitAutograd")

@@ -3,7 +3,8 @@
 // Tensors come in one of two layouts, which is kept: rows dense ([T, r] contiguous) or, of a conv in NCHW, columns dense
 // ([B, r, P] contiguous, seen as [B, P, r]).
 
-#include "../expand.h"
+#include "../ops.h"
+#include "gemm.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
@@ -22,23 +23,6 @@ constexpr int64_t kGrain = 1 << 15;    // elements a thread should have to be wo
 constexpr int64_t kFlushRows = 32;     // rows summed in the compute type before they join a double
 constexpr int64_t kFlushPixels = 512;  // the same along a line of pixels
 
-bool columns_dense(const Tensor& t) {
-  return t.dim() == 3 && t.stride(1) == 1 && t.stride(2) != 1;
-}
-
-Tensor empty_rows_like(const Tensor& t, int64_t columns) {
-  if (columns_dense(t)) {
-    return at::empty({t.size(0), columns, t.size(1)}, t.options()).transpose(1, 2);
-  }
-  auto sizes = t.sizes().vec();
-  sizes.back() = columns;
-  return at::empty(sizes, t.options());
-}
-
-int64_t count_rows(const Tensor& t) {
-  return c10::multiply_integers(t.sizes().slice(0, t.dim() - 1));
-}
-
 // Where scale is wide and z is not, sums and products are taken in this type.
 template <typename scalar_t>
 using compute_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
@@ -48,48 +32,49 @@ Tensor as_compute(const Tensor& scale, at::ScalarType type) {
 }
 
 // dst = src * scale[sample], rows dense: src, dst [S * rows, r].
-template <typename scalar_t>
-void scale_rows(scalar_t* dst, const scalar_t* src, const compute_t<scalar_t>* scale, int64_t S, int64_t rows, int64_t r) {
+template <typename dst_t, typename src_t>
+void scale_rows(dst_t* dst, const src_t* src, const compute_t<src_t>* scale, int64_t S, int64_t rows, int64_t r) {
   at::parallel_for(0, S * rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, r)), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const auto* s = scale + t / rows * r;
       const auto* from = src + t * r;
       auto* to = dst + t * r;
       for (int64_t j = 0; j < r; ++j) {
-        to[j] = static_cast<scalar_t>(static_cast<compute_t<scalar_t>>(from[j]) * s[j]);
+        to[j] = static_cast<dst_t>(static_cast<compute_t<src_t>>(from[j]) * s[j]);
       }
     }
   });
 }
 
 // dst = src * scale[sample], columns dense: src, dst [S * images, r, P].
-template <typename scalar_t>
+template <typename dst_t, typename src_t>
 void scale_columns(
-    scalar_t* dst, const scalar_t* src, const compute_t<scalar_t>* scale, int64_t S, int64_t images, int64_t r, int64_t P) {
+    dst_t* dst, const src_t* src, const compute_t<src_t>* scale, int64_t S, int64_t images, int64_t r, int64_t P) {
   at::parallel_for(0, S * images * r, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, P)), [&](int64_t begin, int64_t end) {
     for (int64_t line = begin; line < end; ++line) {
       const auto s = scale[line / (images * r) * r + line % r];
       const auto* from = src + line * P;
       auto* to = dst + line * P;
       for (int64_t p = 0; p < P; ++p) {
-        to[p] = static_cast<scalar_t>(static_cast<compute_t<scalar_t>>(from[p]) * s);
+        to[p] = static_cast<dst_t>(static_cast<compute_t<src_t>>(from[p]) * s);
       }
     }
   });
 }
 
-// One pass over b [S * rows, r]: dscale [S, r] = sum over rows of z * b, and b *= scale in place.
+// One pass over b [S * rows, r]: dscale [S, r] = sum over rows of z * b, and dz = scale * b, which may lie where b does.
 // Every chunk of rows has its own sums, added up in order: the result depends on the number of threads alone.
-template <typename scalar_t>
+template <typename z_t, typename b_t>
 void reduce_and_scale_rows(
-    scalar_t* b,
-    const scalar_t* z,
-    const compute_t<scalar_t>* scale,
-    compute_t<scalar_t>* dscale,
+    z_t* dz,
+    const b_t* b,
+    const z_t* z,
+    const compute_t<z_t>* scale,
+    compute_t<z_t>* dscale,
     int64_t S,
     int64_t rows,
     int64_t r) {
-  using acc_t = compute_t<scalar_t>;
+  using acc_t = compute_t<z_t>;
   const int64_t wanted = std::min<int64_t>(at::get_num_threads(), 1 + S * rows * r / kGrain);
   const int64_t chunks = std::max<int64_t>(1, (wanted + S - 1) / S);  // of each sample
   const int64_t chunk_rows = (rows + chunks - 1) / chunks;
@@ -105,14 +90,15 @@ void reduce_and_scale_rows(
       for (int64_t t0 = first; t0 < last; t0 += kFlushRows) {
         std::fill(sum.begin(), sum.end(), acc_t(0));
         for (int64_t t = t0; t < std::min(t0 + kFlushRows, last); ++t) {
-          auto* bt = b + t * r;
+          const auto* bt = b + t * r;
           const auto* zt = z + t * r;
+          auto* dzt = dz + t * r;
           acc_t* acc = sum.data();
 #pragma omp simd
           for (int64_t j = 0; j < r; ++j) {
             const auto value = static_cast<acc_t>(bt[j]);
             acc[j] += static_cast<acc_t>(zt[j]) * value;
-            bt[j] = static_cast<scalar_t>(value * s[j]);
+            dzt[j] = static_cast<z_t>(value * s[j]);
           }
         }
         for (int64_t j = 0; j < r; ++j) {
@@ -133,17 +119,18 @@ void reduce_and_scale_rows(
 }
 
 // The same for b, z [S * images, r, P].
-template <typename scalar_t>
+template <typename z_t, typename b_t>
 void reduce_and_scale_columns(
-    scalar_t* b,
-    const scalar_t* z,
-    const compute_t<scalar_t>* scale,
-    compute_t<scalar_t>* dscale,
+    z_t* dz,
+    const b_t* b,
+    const z_t* z,
+    const compute_t<z_t>* scale,
+    compute_t<z_t>* dscale,
     int64_t S,
     int64_t images,
     int64_t r,
     int64_t P) {
-  using acc_t = compute_t<scalar_t>;
+  using acc_t = compute_t<z_t>;
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, images * P));
   at::parallel_for(0, S * r, grain, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
@@ -153,13 +140,14 @@ void reduce_and_scale_columns(
         const int64_t line = ((k / r * images + image) * r + k % r) * P;
         for (int64_t p0 = 0; p0 < P; p0 += kFlushPixels) {
           acc_t sum = 0;
-          auto* bp = b + line;
+          const auto* bp = b + line;
           const auto* zp = z + line;
+          auto* dzp = dz + line;
 #pragma omp simd reduction(+ : sum)
           for (int64_t p = p0; p < std::min(p0 + kFlushPixels, P); ++p) {
             const auto value = static_cast<acc_t>(bp[p]);
             sum += static_cast<acc_t>(zp[p]) * value;
-            bp[p] = static_cast<scalar_t>(value * s);
+            dzp[p] = static_cast<z_t>(value * s);
           }
           total += sum;
         }
@@ -169,45 +157,44 @@ void reduce_and_scale_columns(
   });
 }
 
-// t * scale[sample] into a new tensor, or into t itself; t is dense in either layout.
-Tensor scaled(const Tensor& t, const Tensor& scale, bool in_place) {
-  const int64_t S = scale.size(0), r = scale.size(1);
-  const bool columns = columns_dense(t);
-  Tensor out = in_place ? t : empty_rows_like(t, r);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, t.scalar_type(), "svdiff_scale", [&] {
-    auto* dst = out.data_ptr<scalar_t>();
-    const auto* src = t.const_data_ptr<scalar_t>();
-    const auto* s = scale.const_data_ptr<compute_t<scalar_t>>();
-    if (columns) {
-      scale_columns<scalar_t>(dst, src, s, S, t.size(0) / S, r, t.size(1));
-    } else {
-      scale_rows<scalar_t>(dst, src, s, S, count_rows(t) / S, r);
+// f(pointer type of t, pointer type of the result): the same type, or either of them fp32 and the other half precision.
+template <typename F>
+void dispatch_pair(at::ScalarType from, at::ScalarType to, const F& f) {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, from, "svdiff::expand", [&] {
+    using from_t = scalar_t;
+    if (to == from) {
+      f(from_t{}, from_t{});
+    } else if constexpr (std::is_same_v<from_t, float>) {
+      AT_DISPATCH_REDUCED_FLOATING_TYPES(to, "svdiff::expand", [&] { f(from_t{}, scalar_t{}); });
+    } else if constexpr (!std::is_same_v<from_t, double>) {
+      f(from_t{}, float{});
     }
   });
-  return out;
+}
+
+// t * scale[sample] as type `out`, into t itself if in_place; t is dense in either layout.
+Tensor scaled(const Tensor& t, const Tensor& scale, at::ScalarType out, bool in_place = false) {
+  const int64_t S = scale.size(0), r = scale.size(1);
+  const bool columns = columns_dense(t);
+  Tensor result = in_place ? t : at::empty_like(t, t.options().dtype(out));  // of t's strides
+  dispatch_pair(t.scalar_type(), out, [&](auto from, auto to) {
+    using from_t = decltype(from);
+    using to_t = decltype(to);
+    auto* dst = result.data_ptr<to_t>();
+    const auto* src = t.const_data_ptr<from_t>();
+    const auto* s = scale.const_data_ptr<compute_t<from_t>>();
+    if (columns) {
+      scale_columns(dst, src, s, S, t.size(0) / S, r, t.size(1));
+    } else {
+      scale_rows(dst, src, s, S, count_rows(t) / S, r);
+    }
+  });
+  return result;
 }
 
 // t in the layout asked for, dense; a view where it already is.
 Tensor dense(const Tensor& t, bool columns) {
   return columns ? t.transpose(1, 2).contiguous().transpose(1, 2) : t.contiguous();
-}
-
-// y = t @ W (+ bias) for t [*, k] dense in either layout and W [k, n]; y is laid out as t is.
-Tensor product(const Tensor& t, const Tensor& W, const std::optional<Tensor>& bias) {
-  if (!columns_dense(t)) {
-    const Tensor t2 = t.reshape({count_rows(t), t.size(-1)});
-    Tensor y = bias ? at::addmm(*bias, t2, W) : at::mm(t2, W);
-    auto sizes = t.sizes().vec();
-    sizes.back() = W.size(1);
-    return y.view(sizes);
-  }
-  const Tensor tc = t.transpose(1, 2), Wt = W.t();  // [B, k, P], [n, k]
-  if (t.size(0) == 1) {
-    const Tensor y = bias ? at::addmm(bias->unsqueeze(1), Wt, tc[0]) : at::mm(Wt, tc[0]);
-    return y.unsqueeze(0).transpose(1, 2);
-  }
-  const Tensor Wb = Wt.expand({t.size(0), Wt.size(0), Wt.size(1)});
-  return (bias ? at::baddbmm(bias->unsqueeze(1), Wb, tc) : at::bmm(Wb, tc)).transpose(1, 2);
 }
 
 void check(const Tensor& rows, int64_t columns, const Tensor& U, const Tensor& scale, const char* name) {
@@ -227,13 +214,14 @@ Tensor expand(const Tensor& z, const Tensor& U, const Tensor& scale, const std::
   check(z, U.size(-1), U, scale, "z");
   const Tensor s = as_compute(scale, z.scalar_type());
   const Tensor zd = dense(z, columns_dense(z));
+  const auto type = z.scalar_type();
   // Scaling U instead touches fewer numbers when there are more rows than outputs; in half precision its rounding would
   // cost more than it saves.
-  const bool full = z.scalar_type() == at::kFloat || z.scalar_type() == at::kDouble;
+  const bool full = type == at::kFloat || type == at::kDouble;
   if (full && s.size(0) == 1 && count_rows(z) > U.size(0)) {
-    return product(zd, at::mul(U, s).t(), bias);
+    return product(zd, at::mul(U, s).t(), bias, type);
   }
-  return product(scaled(zd, s, false), U.t(), bias);
+  return product(scaled(zd, s, widens(type) ? at::kFloat : type), U.t(), bias, type);
 }
 
 std::tuple<Tensor, Tensor> expand_backward(
@@ -241,29 +229,35 @@ std::tuple<Tensor, Tensor> expand_backward(
   check(dy, U.size(0), U, scale, "dy");
   const Tensor s = as_compute(scale, dy.scalar_type());
   const bool columns = columns_dense(dy);
-  const Tensor b = product(dense(dy, columns), U, std::nullopt);
-  Tensor dscale = at::empty({0}, scale.options());
+  const auto type = dy.scalar_type();
+  const Tensor b = product(dense(dy, columns), U, std::nullopt, widens(type) ? at::kFloat : type);
+  const bool in_place = b.scalar_type() == type;
+  Tensor dz = at::empty({0}, dy.options()), dscale = at::empty({0}, scale.options());
   if (z) {
     check(*z, U.size(1), U, scale, "z");
     const Tensor zd = dense(*z, columns);
     const int64_t S = s.size(0), r = s.size(1);
     Tensor sums = at::empty_like(s);
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, b.scalar_type(), "svdiff_reduce", [&] {
-      auto* pb = b.data_ptr<scalar_t>();
-      const auto* pz = zd.const_data_ptr<scalar_t>();
-      const auto* ps = s.const_data_ptr<compute_t<scalar_t>>();
-      auto* pd = sums.data_ptr<compute_t<scalar_t>>();
+    dz = in_place ? b : at::empty_like(b, dy.options());
+    dispatch_pair(b.scalar_type(), type, [&](auto from, auto to) {
+      using b_t = decltype(from);
+      using z_t = decltype(to);
+      auto* pdz = dz.data_ptr<z_t>();
+      const auto* pb = b.const_data_ptr<b_t>();
+      const auto* pz = zd.const_data_ptr<z_t>();
+      const auto* ps = s.const_data_ptr<compute_t<z_t>>();
+      auto* pd = sums.data_ptr<compute_t<z_t>>();
       if (columns) {
-        reduce_and_scale_columns<scalar_t>(pb, pz, ps, pd, S, b.size(0) / S, r, b.size(1));
+        reduce_and_scale_columns(pdz, pb, pz, ps, pd, S, b.size(0) / S, r, b.size(1));
       } else {
-        reduce_and_scale_rows<scalar_t>(pb, pz, ps, pd, S, count_rows(b) / S, r);
+        reduce_and_scale_rows(pdz, pb, pz, ps, pd, S, count_rows(b) / S, r);
       }
     });
     dscale = sums.to(scale.scalar_type());
   } else if (need_dz) {
-    scaled(b, s, true);
+    dz = scaled(b, s, type, in_place);
   }
-  return {need_dz ? b : at::empty({0}, dy.options()), dscale};
+  return {need_dz ? dz : at::empty({0}, dy.options()), dscale};
 }
 
 TORCH_LIBRARY_IMPL(svdiff, CPU, m) {

@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <iostream>
 
-#include "../expand.h"
+#include "../ops.h"
 
 namespace {
 

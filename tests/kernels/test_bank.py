@@ -354,3 +354,58 @@ def test_adapters_by_name() -> None:
     ]:
         with pytest.raises(SVDiffError, match=message):
             call()
+
+
+SAMPLES = [{"ink": 1.0}, {}, {"default": 0.7, "ink": -1.5}]
+
+
+def with_ink(bank: Bank) -> None:
+    bank.load_delta_dict("ink", {name: 0.3 * torch.randn_like(d) for name, d in bank.delta_dict("default").items()})
+
+
+@pytest.mark.parametrize("each", [1, 2], ids=["a sample each", "two rows a sample"])
+def test_samples_with_mixes_of_their_own_compute_what_each_would_alone(each: int) -> None:
+    net, bank, _, _ = make()
+    with_ink(bank)
+    x, direction = torch.randn(3 * each, 5, 9, 8), torch.randn(3 * each, 72, 7)
+    alone, expected = [], None
+    for mix, part, d in zip(SAMPLES, x.chunk(3), direction.chunk(3), strict=True):
+        bank.set_mix(mix)
+        alone.append(net(part))
+        (alone[-1] * d).sum().backward()
+    expected = grads(bank)
+    bank.set_mix(SAMPLES)
+    together = net(x)
+    torch.testing.assert_close(together, torch.cat(alone))
+    (together * direction).sum().backward()
+    for actual, wanted in zip(grads(bank), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
+    assert bank.get_mix() == pytest.approx({"default": 0.7, "ink": -1.5})
+
+
+def test_mixes_of_samples_survive_adding_and_removing_adapters() -> None:
+    net, bank, _, _ = make()
+    with_ink(bank)
+    x = torch.randn(3, 5, 9, 8)
+    bank.set_mix(SAMPLES)
+    expected = net(x)
+    bank.add("dog")
+    torch.testing.assert_close(net(x), expected)
+    bank.remove("dog")
+    torch.testing.assert_close(net(x), expected)
+
+
+def test_mixes_of_samples_have_no_one_weight_and_must_split_the_batch() -> None:
+    net, bank, _, _ = make()
+    with_ink(bank)
+    bank.set_mix(SAMPLES)
+    bank.refresh()
+    for layer in (net.conv, net.norm):
+        with pytest.raises(SVDiffError, match="no one weight"):
+            layer.merge()
+    with pytest.raises(ValueError, match="split"):
+        net(torch.randn(2, 5, 9, 8))
+    with pytest.raises(ValueError, match="split"):
+        net.norm(torch.randn(2, 12, 5))
+    with pytest.raises(SVDiffError, match="no samples"):
+        bank.set_mix([])

@@ -1,0 +1,158 @@
+// The gradients of the ops, for every device, as svdiff_kernels/ops.py states them. In C++ because the same in Python
+// costs more per call than a small layer computes.
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+namespace svdiff {
+namespace {
+
+using at::SymIntArrayRef;
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::variable_list;
+using OptionalTensor = std::optional<Tensor>;
+
+template <typename Signature>
+auto op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+Tensor expand(const Tensor& z, const Tensor& U, const Tensor& scale, const OptionalTensor& bias) {
+  static const auto call = op<Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&)>("svdiff::expand");
+  return call.call(z, U, scale, bias);
+}
+
+std::tuple<Tensor, Tensor> expand_backward(
+    const Tensor& dy, const OptionalTensor& z, const Tensor& U, const Tensor& scale, bool need_dz) {
+  static const auto call = op<std::tuple<Tensor, Tensor>(
+      const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, bool)>("svdiff::expand_backward");
+  return call.call(dy, z, U, scale, need_dz);
+}
+
+Tensor frozen_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, bool wide) {
+  static const auto call = op<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, bool)>("svdiff::frozen_linear");
+  return call.call(x, weight, bias, wide);
+}
+
+Tensor frozen_conv2d(
+    const Tensor& x,
+    const Tensor& weight,
+    const OptionalTensor& bias,
+    at::IntArrayRef stride,
+    at::IntArrayRef padding,
+    at::IntArrayRef dilation,
+    bool wide,
+    bool exact) {
+  static const auto call = op<Tensor(
+      const Tensor&, const Tensor&, const OptionalTensor&, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, bool, bool)>(
+      "svdiff::frozen_conv2d");
+  return call.call(x, weight, bias, stride, padding, dilation, wide, exact);
+}
+
+Tensor frozen_conv2d_backward(
+    const Tensor& dy,
+    const Tensor& weight,
+    SymIntArrayRef size,
+    at::IntArrayRef stride,
+    at::IntArrayRef padding,
+    at::IntArrayRef dilation) {
+  static const auto call = op<Tensor(
+      const Tensor&, const Tensor&, SymIntArrayRef, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef)>(
+      "svdiff::frozen_conv2d_backward");
+  return call.call(dy, weight, size, stride, padding, dilation);
+}
+
+void check_frozen(const Tensor& t, const char* what) {
+  TORCH_CHECK_VALUE(!t.requires_grad(), what, " requires grad, but the factors of a spectral layer are frozen");
+}
+
+struct Expand : Function<Expand> {
+  static Tensor forward(
+      AutogradContext* ctx, const Tensor& z, const Tensor& U, const Tensor& scale, const OptionalTensor& bias) {
+    check_frozen(U, "svdiff::expand: U");
+    // z is wanted for dscale alone, and it is the only tensor of activation size that is kept.
+    ctx->save_for_backward({U, scale, scale.requires_grad() ? z : Tensor()});
+    ctx->saved_data["need_dbias"] = bias && bias->requires_grad();
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return svdiff::expand(z, U, scale, bias);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    const bool need_dz = ctx->needs_input_grad(0), need_dscale = ctx->needs_input_grad(2);
+    Tensor dz, dscale, dbias;
+    if (need_dz || need_dscale) {
+      const OptionalTensor z = need_dscale ? OptionalTensor(saved[2]) : std::nullopt;
+      std::tie(dz, dscale) = expand_backward(grads[0], z, saved[0], saved[1], need_dz);
+    }
+    if (ctx->saved_data["need_dbias"].toBool()) {
+      dbias = grads[0].flatten(0, -2).sum(0);
+    }
+    return {need_dz ? dz : Tensor(), Tensor(), need_dscale ? dscale : Tensor(), dbias};
+  }
+};
+
+struct FrozenLinear : Function<FrozenLinear> {
+  static Tensor forward(
+      AutogradContext* ctx, const Tensor& x, const Tensor& weight, const OptionalTensor& bias, bool wide) {
+    check_frozen(weight, "svdiff::frozen_linear: weight");
+    ctx->save_for_backward({weight});
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return svdiff::frozen_linear(x, weight, bias, wide);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const Tensor weight = ctx->get_saved_variables()[0];
+    return {svdiff::frozen_linear(grads[0].to(weight.scalar_type()), weight.t(), std::nullopt, false), {}, {}, {}};
+  }
+};
+
+struct FrozenConv2d : Function<FrozenConv2d> {
+  static Tensor forward(
+      AutogradContext* ctx,
+      const Tensor& x,
+      const Tensor& weight,
+      const OptionalTensor& bias,
+      at::IntArrayRef stride,
+      at::IntArrayRef padding,
+      at::IntArrayRef dilation,
+      bool wide,
+      bool exact) {
+    check_frozen(weight, "svdiff::frozen_conv2d: weight");
+    ctx->save_for_backward({weight});
+    ctx->saved_data["height"] = x.sym_size(2);
+    ctx->saved_data["width"] = x.sym_size(3);
+    ctx->saved_data["stride"] = stride.vec();
+    ctx->saved_data["padding"] = padding.vec();
+    ctx->saved_data["dilation"] = dilation.vec();
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return svdiff::frozen_conv2d(x, weight, bias, stride, padding, dilation, wide, exact);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    auto& data = ctx->saved_data;
+    const std::vector<c10::SymInt> size{data["height"].toSymInt(), data["width"].toSymInt()};
+    const Tensor dx = frozen_conv2d_backward(grads[0], ctx->get_saved_variables()[0], size, data["stride"].toIntVector(),
+                                             data["padding"].toIntVector(), data["dilation"].toIntVector());
+    return {dx, {}, {}, {}, {}, {}, {}, {}};
+  }
+};
+
+TORCH_LIBRARY_IMPL(svdiff, Autograd, m) {
+  m.impl("expand", [](const Tensor& z, const Tensor& U, const Tensor& scale, const OptionalTensor& bias) {
+    return Expand::apply(z, U, scale, bias);
+  });
+  m.impl("frozen_linear", [](const Tensor& x, const Tensor& weight, const OptionalTensor& bias, bool wide) {
+    return FrozenLinear::apply(x, weight, bias, wide);
+  });
+  m.impl("frozen_conv2d", [](const Tensor& x, const Tensor& weight, const OptionalTensor& bias, at::IntArrayRef stride,
+                             at::IntArrayRef padding, at::IntArrayRef dilation, bool wide, bool exact) {
+    return FrozenConv2d::apply(x, weight, bias, stride, padding, dilation, wide, exact);
+  });
+}
+
+}  // namespace
+}  // namespace svdiff

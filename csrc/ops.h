@@ -1,0 +1,48 @@
+// The ops behind every spectral layer. Formulas and shapes are those of svdiff_kernels/ops.py, whose schemas these
+// functions implement.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+
+namespace svdiff {
+
+// y [*, M] = (z * scale[sample]) @ U.T + bias, for z [*, r], U [M, r], scale [S, r], bias [M].
+at::Tensor expand(
+    const at::Tensor& z, const at::Tensor& U, const at::Tensor& scale, const std::optional<at::Tensor>& bias);
+
+// (dz, dscale) for dy [*, M]; dz is empty unless need_dz, dscale is empty unless z is given.
+std::tuple<at::Tensor, at::Tensor> expand_backward(
+    const at::Tensor& dy,
+    const std::optional<at::Tensor>& z,
+    const at::Tensor& U,
+    const at::Tensor& scale,
+    bool need_dz);
+
+// y [*, M] = x [*, N] @ weight.T + bias; in fp32 if wide. Its backward is itself, with the transposed weight.
+at::Tensor frozen_linear(
+    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, bool wide);
+
+// The convolution of x [B, C_in, H, W] with weight [C_out, C_in, kh, kw]; in fp32 if wide, as torch sums it if exact.
+at::Tensor frozen_conv2d(
+    const at::Tensor& x,
+    const at::Tensor& weight,
+    const std::optional<at::Tensor>& bias,
+    at::IntArrayRef stride,
+    at::IntArrayRef padding,
+    at::IntArrayRef dilation,
+    bool wide,
+    bool exact);
+
+// dx [B, C_in, *size] for dy [B, C_out, H', W'], in the dtype of the weight.
+at::Tensor frozen_conv2d_backward(
+    const at::Tensor& dy,
+    const at::Tensor& weight,
+    at::IntArrayRef size,
+    at::IntArrayRef stride,
+    at::IntArrayRef padding,
+    at::IntArrayRef dilation);
+
+}  // namespace svdiff
