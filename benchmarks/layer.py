@@ -5,8 +5,6 @@ The ratios of a model's layers, weighted by how often each occurs, say where a w
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from svdiff.bench import BenchConfig
 from torch import nn
@@ -28,9 +26,6 @@ def run(bench: BenchConfig) -> list[runner.Timing]:
     for layer, count in shapes.items():
         steps, costs = contenders(layer, bench.batch, dtype)
         timings += runner.interleave(steps, bench.rounds, subject=f"{count} x {layer}", costs=costs)
-    if bench.output:
-        settings = {"model": bench.model, "latents": bench.latents, "batch": bench.batch, "dtype": bench.dtype}
-        runner.write_lines(Path(bench.output), timings, level="layer", **settings)
     return timings
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from svdiff.bench import BenchConfig
@@ -27,9 +25,6 @@ def run(bench: BenchConfig) -> list[runner.Timing]:
         steps, costs = contenders(M, r, T * bench.batch, dtype)
         subject = f"{count} x expand {r} to {M}, T={T * bench.batch}"
         timings += runner.interleave(steps, bench.rounds, subject=subject, costs=costs)
-    if bench.output:
-        settings = {"model": bench.model, "latents": bench.latents, "batch": bench.batch}
-        runner.write_lines(Path(bench.output), timings, level="op", dtype=bench.dtype, **settings)
     return timings
 
 

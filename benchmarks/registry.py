@@ -120,7 +120,14 @@ def _network(config: dict[str, Any], pixels: int) -> tuple[nn.Module, dict[str, 
         "timestep": torch.zeros(1),
         "encoder_hidden_states": torch.zeros(1, TEXT_TOKENS, config["cross_attention_dim"]),
     }
-    if config.get("addition_embed_type") == "text_time":
-        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-        inputs["added_cond_kwargs"] = {"text_embeds": torch.zeros(1, pooled), "time_ids": torch.zeros(1, 6)}
+    if added := added_conditions(config, 1):
+        inputs["added_cond_kwargs"] = added
     return UNet2DConditionModel.from_config(config), inputs
+
+
+def added_conditions(config: Any, batch: int) -> dict[str, Tensor]:
+    """What SDXL's UNet wants besides text: a pooled text embedding and sizes; nothing for others."""
+    if config.get("addition_embed_type") != "text_time":
+        return {}
+    pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+    return {"text_embeds": torch.zeros(batch, pooled), "time_ids": torch.zeros(batch, 6)}

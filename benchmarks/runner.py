@@ -25,7 +25,8 @@ from tqdm.auto import tqdm
 from . import machine
 from .cost import Cost
 
-OURS, NAIVE, FROZEN, CONTROL = "svdiff", "svdiff-pytorch's arithmetic", "frozen (forward and dx)", "A/A control"
+OURS, NAIVE = "svdiff", "svdiff-pytorch's arithmetic"
+FROZEN, DENSE, CONTROL = "frozen (forward and dx)", "dense batch of the base", "A/A control"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Step = Callable[[], object]
 
@@ -39,6 +40,8 @@ class Timing:
         name: of the contender.
         rounds: how often it ran.
         flop, bytes: what one run costs by count, if that was given.
+        peak_bytes: most memory that the process held during a run, if that was measured.
+        failure: why there is nothing to report.
     """
 
     subject: str
@@ -52,6 +55,13 @@ class Timing:
     ratio_p80: float
     flop: float | None = None
     bytes: float | None = None
+    peak_bytes: int | None = None
+    failure: str | None = None
+
+    @classmethod
+    def of_failure(cls, subject: str, name: str, failure: str) -> Timing:
+        """A contender that did not get through."""
+        return cls(subject, name, 0, *[0.0] * 6, failure=failure)
 
 
 def interleave(
@@ -81,12 +91,25 @@ def interleave(
                 contenders[name]()
                 seconds[name].append(time.perf_counter() - start)
                 progress.update()
+    return summarise(seconds, subject=subject, costs=costs)
+
+
+def summarise(
+    seconds: Mapping[str, list[float]],
+    *,
+    subject: str,
+    costs: Mapping[str, Cost] | None = None,
+    peaks: Mapping[str, int] | None = None,
+) -> list[Timing]:
+    """Percentiles of each contender's seconds and of its ratios, round by round, to the first contender's."""
+    first = next(iter(seconds))
     timings = []
     for name, taken in seconds.items():
         ratios = [a / b for a, b in zip(taken, seconds[first], strict=True)]
         cost = (costs or {}).get(first if name == CONTROL else name)
-        counted = (cost.flop, cost.bytes) if cost else ()
-        timings.append(Timing(subject, name, rounds, *_percentiles(taken), *_percentiles(ratios), *counted))
+        counted = (cost.flop, cost.bytes) if cost else (None, None)
+        peak = (peaks or {}).get(name)
+        timings.append(Timing(subject, name, len(taken), *_percentiles(taken), *_percentiles(ratios), *counted, peak))
     return timings
 
 
@@ -115,9 +138,9 @@ def environment() -> dict[str, Any]:
 def write_lines(file: Path, timings: list[Timing], *, dtype: str, **common: Any) -> None:
     """One JSON line per timing: `common`, the timing, what share of the roofline it reached, and the environment."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    common |= {"dtype": dtype}
-    about = environment()
-    lines = [json.dumps({**common, **asdict(t), **achieved(t, machine.peak(DTYPES[dtype])), **about}) for t in timings]
+    about = {**common, "dtype": dtype}, environment()
+    peak = machine.peak(DTYPES[dtype])
+    lines = [json.dumps({**about[0], **asdict(t), **achieved(t, peak), **about[1]}) for t in timings]
     temporary = file.with_suffix(".tmp")
     temporary.write_text("\n".join(lines) + "\n")
     os.replace(temporary, file)
@@ -125,7 +148,7 @@ def write_lines(file: Path, timings: list[Timing], *, dtype: str, **common: Any)
 
 def achieved(timing: Timing, peak: machine.Peak) -> dict[str, float]:
     """Operations and bytes a second, and the share of the measured roofline; nothing if the cost is not known."""
-    if timing.flop is None or timing.bytes is None:
+    if timing.flop is None or timing.bytes is None or timing.failure:
         return {}
     bound = peak.bound(Cost(timing.flop, timing.bytes))
     return {
@@ -136,19 +159,24 @@ def achieved(timing: Timing, peak: machine.Peak) -> dict[str, float]:
 
 
 def table(timings: list[Timing], dtype: torch.dtype) -> str:
-    """For people: one block per subject, one row per contender."""
+    """For people: one block per subject, one row per contender; only columns that have something to say."""
     peak = machine.peak(dtype)
+    counted = any(timing.flop for timing in timings)
+    weighed = any(timing.peak_bytes for timing in timings)
     lines: list[str] = []
     for i, timing in enumerate(timings):
         if i == 0 or timing.subject != timings[i - 1].subject:
-            lines += [
-                "",
-                f"{timing.subject:36}{'ms':>10}{'times ours':>12}{'p20-p80':>14}{'TFLOP/s':>10}{'of roofline':>13}",
-            ]
-        reached = achieved(timing, peak)
-        counted = f"{reached['tflop_per_s']:10.3f}{reached['of_roofline']:13.0%}" if reached else ""
+            head = f"{timing.subject:36}{'ms':>10}{'times ours':>12}{'p20-p80':>14}"
+            head += f"{'TFLOP/s':>10}{'of roofline':>13}" if counted else ""
+            lines += ["", head + (f"{'peak GB':>10}" if weighed else "")]
+        if timing.failure:
+            lines.append(f"{timing.name:36}  failed: {timing.failure}")
+            continue
         spread = f"{timing.ratio_p20:.2f}-{timing.ratio_p80:.2f}"
-        lines.append(f"{timing.name:36}{1e3 * timing.p50:10.2f}{timing.ratio_p50:12.2f}{spread:>14}{counted}")
+        row = f"{timing.name:36}{1e3 * timing.p50:10.2f}{timing.ratio_p50:12.2f}{spread:>14}"
+        if reached := achieved(timing, peak):
+            row += f"{reached['tflop_per_s']:10.3f}{reached['of_roofline']:13.0%}"
+        lines.append(row + (f"{timing.peak_bytes / 1e9:10.2f}" if timing.peak_bytes else ""))
     return "\n".join(lines[1:])
 
 

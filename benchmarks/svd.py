@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from pathlib import Path
-
 import torch
 from svdiff.bench import BenchConfig
 
@@ -29,8 +27,6 @@ def run(bench: BenchConfig) -> list[runner.Timing]:
                 "read from the cache": lambda W=W, cache=cache: cache.get(W),
             }
             timings += runner.interleave(steps, bench.rounds, subject=f"{count} x {M}x{N}")
-    if bench.output:
-        runner.write_lines(Path(bench.output), timings, level="svd", dtype="float32", model=bench.model)
     return timings
 
 

@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import importlib
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from svdiff_kernels import SVDiffError
+
+_LEVELS = {
+    "unet": "a training step of a whole UNet",
+    "block": "of each of its blocks",
+    "layer": "of each distinct layer",
+    "op": "our op in each distinct layer",
+    "infer": "a forward pass with another fine-tune for every sample",
+    "train": "a step of svdiff train on the miniature",
+    "memory": "the most memory that a training step holds",
+    "start": "from a base model to the end of the first step",
+    "svd": "decomposing the weights, and reading them back",
+    "levers": "what joining work across layers would save",
+}
+_OF_A_UNET = ("unet", "block", "infer", "memory", "start", "levers")
+_QUICK = {"config": "quick_unet.json", "latents": 16, "rounds": 40}
 
 
 @dataclass
 class BenchConfig:
     """Settings of `bench`."""
 
-    level: Literal["op", "layer", "unet", "svd"] = field(
-        metadata={
-            "help": "unet: a training step of a whole UNet; layer, op: of each of its layers, of our op in them; "
-            "svd: decomposing its weights"
-        }
+    level: Literal["op", "layer", "block", "unet", "infer", "train", "memory", "start", "svd", "levers"] = field(
+        metadata={"help": "; ".join(f"{level}: {what}" for level, what in _LEVELS.items())}
     )
     model: Literal["sd15", "sd21", "sdxl", "flux", "clip"] = field(
         default="sd15", metadata={"help": "whose shapes; flux (one block of each kind) and clip are no UNets"}
@@ -30,9 +42,23 @@ class BenchConfig:
     one_dim: Literal["vector", "scalar", "none"] = field(
         default="none", metadata={"help": "how we train norms too; none: the same layers as the rivals"}
     )
+    rank: int | None = field(
+        default=None, metadata={"help": "we train this many singular values of each weight; default: all"}
+    )
     lora_rank: int = field(default=16, metadata={"help": "rank of the LoRA on all the same layers"})
+    rivals: list[Literal["lora", "lora-attention", "lora-compiled", "naive", "broadcast", "parametrize", "frozen"]] = (
+        field(
+            default_factory=lambda: ["lora", "naive", "frozen"],
+            metadata={"help": "of unet, block and memory: what to measure against"},
+        )
+    )
+    memory_gb: float | None = field(default=None, metadata={"help": "memory: a contender fails beyond so much"})
     rounds: int = field(default=7, metadata={"help": "steps counted of each contender"})
-    config: str | None = field(default=None, metadata={"help": "unet: another UNet's JSON configuration"})
+    quick: bool = field(
+        default=False,
+        metadata={"help": "unet: a smaller one and more rounds, to see within 3 minutes what a change did"},
+    )
+    config: str | None = field(default=None, metadata={"help": "another UNet's JSON configuration"})
     output: str | None = field(default=None, metadata={"help": "also write JSON lines to this file"})
 
 
@@ -45,14 +71,24 @@ def bench(config: BenchConfig) -> str:
     for name in ("latents", "batch", "lora_rank", "rounds"):
         if getattr(config, name) < 1:
             raise SVDiffError(f"{name} must be at least 1, not {getattr(config, name)}")
-    if config.level == "unet" and config.model in ("flux", "clip") and not config.config:
+    if config.rank is not None and config.rank < 1:
+        raise SVDiffError(f"rank must be at least 1, not {config.rank}")
+    if config.level in _OF_A_UNET and config.model in ("flux", "clip") and not config.config:
         raise SVDiffError(f"{config.model} is not a UNet: use bench layer")
+    if config.quick and (config.level != "unet" or config.config):
+        raise SVDiffError("quick is a way of bench unet, and brings its own config")
     checkout = next(
         (d for d in (Path(__file__).parents[2], Path.cwd()) if (d / "benchmarks" / "runner.py").is_file()), None
     )
     if checkout is None:
         raise SVDiffError("the benchmarks are not part of the wheel: run this from a checkout of the repository")
+    if config.quick:
+        quick = _QUICK | {"config": str(checkout / "benchmarks" / "configs" / str(_QUICK["config"]))}
+        config = replace(config, **quick)
     sys.path.insert(0, str(checkout))
     runner = importlib.import_module("benchmarks.runner")
     timings = importlib.import_module(f"benchmarks.{config.level}").run(config)
+    if config.output:
+        about = {key: value for key, value in asdict(config).items() if key not in ("output", "rounds", "config")}
+        runner.write_lines(Path(config.output), timings, **about)
     return runner.table(timings, runner.DTYPES[config.dtype])

@@ -1,0 +1,74 @@
+"""The most memory that a training step of a UNet holds, each contender in a process of its own.
+
+It is resident memory at its highest during the steps, weights and interpreter included; setting up is left out. On
+systems other than Linux there is no way to leave it out, and the level refuses.
+"""
+
+from __future__ import annotations
+
+import gc
+import resource
+import time
+from pathlib import Path
+
+from svdiff.bench import BenchConfig
+from svdiff.parking import trim_heap
+from tqdm.auto import tqdm
+
+from svdiff_kernels import SVDiffError
+
+from . import child, runner
+from .contenders import Contenders, training_step
+
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_OURS = "ours"
+
+
+def run(bench: BenchConfig) -> list[runner.Timing]:
+    """Measure one contender after the other; a contender that fails keeps its line and says why."""
+    if not _RESET.exists():
+        raise SVDiffError("bench memory reads /proc, which this system does not have")
+    seconds: dict[str, list[float]] = {}
+    peaks: dict[str, int] = {}
+    failures: dict[str, str] = {}
+    with tqdm(total=1 + len(bench.rivals), unit="model") as progress:
+        for name in (_OURS, *bench.rivals):
+            progress.set_description(name)
+            found = child.call("memory", bench, name)
+            progress.update()
+            if failure := found.get("failure"):
+                failures[name] = failure
+                continue
+            seconds[found["label"]], peaks[found["label"]] = found["seconds"], found["peak_bytes"]
+    if _OURS in failures:
+        raise SVDiffError(f"our own step failed: {failures[_OURS]}")
+    subject = f"{Path(bench.config).stem if bench.config else bench.model}, one process each"
+    timings = runner.summarise(seconds, subject=subject, peaks=peaks)
+    return timings + [runner.Timing.of_failure(subject, name, why) for name, why in failures.items()]
+
+
+def main() -> None:
+    """Measure one contender in this process."""
+    bench, (name,) = child.settings()
+    if bench.memory_gb:
+        most = int(bench.memory_gb * 1e9)
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    contenders = Contenders(bench)
+    model, parameters = contenders.ours() if name == _OURS else contenders.rival(name)
+    label = runner.OURS if name == _OURS else contenders.label(name)
+    step = training_step(model, parameters, contenders.inputs())
+    del contenders, model, parameters  # what the others would need
+    gc.collect()
+    trim_heap()
+    _RESET.write_text("5")  # forget the peak so far
+    seconds = []
+    for _ in range(bench.rounds):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    peak = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+    child.report(label=label, seconds=seconds, peak_bytes=1024 * int(peak.split()[1]))
+
+
+if __name__ == "__main__":
+    main()
