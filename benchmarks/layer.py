@@ -30,7 +30,7 @@ def run(bench: BenchConfig) -> list[runner.Timing]:
 
 
 def contenders(
-    layer: registry.Layer, batch: int, dtype: torch.dtype
+    layer: registry.Layer, batch: int, dtype: torch.dtype, ranks: tuple[int, ...] = LORA_RANKS
 ) -> tuple[dict[str, runner.Step], dict[str, cost.Cost]]:
     """Steps of one layer by name, and what each costs by count."""
     dense = layer.module(dtype)
@@ -54,7 +54,7 @@ def contenders(
         name = {"diag": runner.NAIVE, "parametrize": "author's parametrize"}.get(way, "recomposed by broadcast")
         steps[name] = _step(naive["layer"], x)
         costs[name] = cost.recomposed(M, N, T, size) if way == "broadcast" else cost.svdiff_pytorch(M, N, T, size)
-    for rank in LORA_RANKS:
+    for rank in ranks:
         adapted = nn.ModuleDict({"layer": twin(dense)})
         baselines.add_lora(adapted, ["layer"], rank)
         steps[f"lora r={rank}"] = _step(adapted["layer"], x)

@@ -37,11 +37,11 @@ def run(bench: BenchConfig) -> list[runner.Timing]:
             found = child.call("memory", bench, name)
             progress.update()
             if failure := found.get("failure"):
+                if name == _OURS:
+                    raise SVDiffError(f"our own step failed: {failure}")
                 failures[name] = failure
                 continue
             seconds[found["label"]], peaks[found["label"]] = found["seconds"], found["peak_bytes"]
-    if _OURS in failures:
-        raise SVDiffError(f"our own step failed: {failures[_OURS]}")
     subject = f"{Path(bench.config).stem if bench.config else bench.model}, one process each"
     timings = runner.summarise(seconds, subject=subject, peaks=peaks)
     return timings + [runner.Timing.of_failure(subject, name, why) for name, why in failures.items()]

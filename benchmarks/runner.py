@@ -94,6 +94,21 @@ def interleave(
     return summarise(seconds, subject=subject, costs=costs)
 
 
+def slowed(step: Step, share: float) -> Step:
+    """The same step, taking this share more time."""
+    if not share:
+        return step
+
+    def slow() -> None:
+        start = time.perf_counter()
+        step()
+        end = time.perf_counter() + share * (time.perf_counter() - start)
+        while time.perf_counter() < end:
+            pass
+
+    return slow
+
+
 def summarise(
     seconds: Mapping[str, list[float]],
     *,
@@ -138,9 +153,11 @@ def environment() -> dict[str, Any]:
 def write_lines(file: Path, timings: list[Timing], *, dtype: str, **common: Any) -> None:
     """One JSON line per timing: `common`, the timing, what share of the roofline it reached, and the environment."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    about = {**common, "dtype": dtype}, environment()
     peak = machine.peak(DTYPES[dtype])
-    lines = [json.dumps({**about[0], **asdict(t), **achieved(t, peak), **about[1]}) for t in timings]
+    settings = {**common, "dtype": dtype}
+    limits = {"peak_tflop_per_s": peak.flops / 1e12, "peak_gb_per_s": peak.bandwidth / 1e9}
+    about = limits | environment()
+    lines = [json.dumps({**settings, **asdict(t), **achieved(t, peak), **about}) for t in timings]
     temporary = file.with_suffix(".tmp")
     temporary.write_text("\n".join(lines) + "\n")
     os.replace(temporary, file)

@@ -12,7 +12,7 @@ def run(bench: BenchConfig) -> list[runner.Timing]:
     """Measure, interleaved; the first timing is ours, to whose seconds the ratios refer."""
     contenders = Contenders(bench)
     inputs = contenders.inputs()
-    steps = {runner.OURS: training_step(*contenders.ours(), inputs)}
+    steps = {runner.OURS: runner.slowed(training_step(*contenders.ours(), inputs), bench.handicap)}
     for name in bench.rivals:
         steps[contenders.label(name)] = training_step(*contenders.rival(name), inputs)
     return runner.interleave(steps, bench.rounds, subject=contenders.config.stem, costs=contenders.costs())

@@ -10,10 +10,14 @@ from typing import Literal
 
 from svdiff_kernels import SVDiffError
 
-_LEVELS = {
+Level = Literal["op", "layer", "block", "unet", "infer", "train", "memory", "start", "svd", "levers", "sweep"]
+Rival = Literal["lora", "lora-attention", "lora-compiled", "naive", "broadcast", "parametrize", "frozen"]
+
+_LEVELS: dict[Level, str] = {
     "unet": "a training step of a whole UNet",
     "block": "of each of its blocks",
     "layer": "of each distinct layer",
+    "sweep": "of square layers, for few rows and many",
     "op": "our op in each distinct layer",
     "infer": "a forward pass with another fine-tune for every sample",
     "train": "a step of svdiff train on the miniature",
@@ -23,15 +27,15 @@ _LEVELS = {
     "levers": "what joining work across layers would save",
 }
 _OF_A_UNET = ("unet", "block", "infer", "memory", "start", "levers")
-_QUICK = {"config": "quick_unet.json", "latents": 16, "rounds": 40}
+_QUICK_CONFIG, _QUICK_LATENTS, _QUICK_ROUNDS = "quick_unet.json", 16, 40
 
 
 @dataclass
 class BenchConfig:
     """Settings of `bench`."""
 
-    level: Literal["op", "layer", "block", "unet", "infer", "train", "memory", "start", "svd", "levers"] = field(
-        metadata={"help": "; ".join(f"{level}: {what}" for level, what in _LEVELS.items())}
+    level: Literal["op", "layer", "block", "unet", "infer", "train", "memory", "start", "svd", "levers", "sweep"] = (
+        field(metadata={"help": "; ".join(f"{level}: {what}" for level, what in _LEVELS.items())})
     )
     model: Literal["sd15", "sd21", "sdxl", "flux", "clip"] = field(
         default="sd15", metadata={"help": "whose shapes; flux (one block of each kind) and clip are no UNets"}
@@ -46,17 +50,18 @@ class BenchConfig:
         default=None, metadata={"help": "we train this many singular values of each weight; default: all"}
     )
     lora_rank: int = field(default=16, metadata={"help": "rank of the LoRA on all the same layers"})
-    rivals: list[Literal["lora", "lora-attention", "lora-compiled", "naive", "broadcast", "parametrize", "frozen"]] = (
-        field(
-            default_factory=lambda: ["lora", "naive", "frozen"],
-            metadata={"help": "of unet, block and memory: what to measure against"},
-        )
+    rivals: list[Rival] = field(
+        default_factory=lambda: ["lora", "naive", "frozen"],
+        metadata={"help": "unet, block, memory: what to measure against"},
     )
     memory_gb: float | None = field(default=None, metadata={"help": "memory: a contender fails beyond so much"})
     rounds: int = field(default=7, metadata={"help": "steps counted of each contender"})
     quick: bool = field(
         default=False,
         metadata={"help": "unet: a smaller one and more rounds, to see within 3 minutes what a change did"},
+    )
+    handicap: float = field(
+        default=0.0, metadata={"help": "unet: slow our own step down by this share, to see whether compare.py notices"}
     )
     config: str | None = field(default=None, metadata={"help": "another UNet's JSON configuration"})
     output: str | None = field(default=None, metadata={"help": "also write JSON lines to this file"})
@@ -83,8 +88,8 @@ def bench(config: BenchConfig) -> str:
     if checkout is None:
         raise SVDiffError("the benchmarks are not part of the wheel: run this from a checkout of the repository")
     if config.quick:
-        quick = _QUICK | {"config": str(checkout / "benchmarks" / "configs" / str(_QUICK["config"]))}
-        config = replace(config, **quick)
+        own = str(checkout / "benchmarks" / "configs" / _QUICK_CONFIG)
+        config = replace(config, config=own, latents=_QUICK_LATENTS, rounds=_QUICK_ROUNDS)
     sys.path.insert(0, str(checkout))
     runner = importlib.import_module("benchmarks.runner")
     timings = importlib.import_module(f"benchmarks.{config.level}").run(config)

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from svdiff.bench import BenchConfig, bench
 
-from benchmarks import op, registry, runner, svd
-from svdiff_kernels import SVDiffError
+from benchmarks import op, registry, runner, svd, sweep
 
 
 def lines_of(tmp_path: Path, **settings: Any) -> list[dict[str, Any]]:
@@ -46,6 +45,14 @@ def test_decompositions_are_measured(tmp_path: Path) -> None:
     assert "read from the cache" in {line["name"] for line in lines}
 
 
-def test_what_is_no_unet_has_no_unet_step() -> None:
-    with pytest.raises(SVDiffError, match="clip is not a UNet"):
-        bench(BenchConfig("unet", model="clip"))
+def test_few_rows_and_many_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "SIDES", (32, 64))
+    monkeypatch.setattr(sweep, "ROWS", (4, 8))
+    lines = lines_of(tmp_path, level="sweep")
+    assert {line["subject"] for line in lines} == {f"linear {n}x{n} T={t}" for n in (32, 64) for t in (4, 8)}
+
+
+def test_a_step_of_svdiff_train_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SVDIFF_CACHE", str(tmp_path / "cache"))
+    lines = lines_of(tmp_path, level="train", batch=2)
+    assert {"full fine-tuning", "lora r=16", runner.OURS, runner.FROZEN} <= {line["name"] for line in lines}

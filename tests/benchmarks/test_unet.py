@@ -9,27 +9,18 @@ import pytest
 import torch
 from svdiff.bench import BenchConfig, bench
 
-from benchmarks import models, runner
-
-TINY = {
-    "_class_name": "UNet2DConditionModel",
-    "sample_size": 8,
-    "in_channels": 4,
-    "out_channels": 4,
-    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-    "block_out_channels": [32, 64],
-    "layers_per_block": 1,
-    "cross_attention_dim": 24,
-    "attention_head_dim": 4,
-}
+from benchmarks import compare, infer, models, runner
+from benchmarks.contenders import RIVALS
+from svdiff_kernels import SVDiffError
 
 
-@pytest.fixture
-def tiny_config(tmp_path: Path) -> str:
-    path = tmp_path / "unet.json"
-    path.write_text(json.dumps(TINY))
-    return str(path)
+def lines_of(tmp_path: Path, level: str, config: str, **settings: object) -> list[dict[str, object]]:
+    """What a level writes for the tiny UNet."""
+    output = tmp_path / "results" / f"{level}.jsonl"
+    table = bench(BenchConfig(level, config=config, latents=8, lora_rank=4, output=str(output), **settings))
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert all(line["name"] in table and line["level"] == level for line in lines)
+    return lines
 
 
 def test_a_twin_shares_weights_but_not_parameters(tiny_config: str) -> None:
@@ -40,12 +31,99 @@ def test_a_twin_shares_weights_but_not_parameters(tiny_config: str) -> None:
 
 
 def test_bench_unet_writes_a_line_per_contender(tiny_config: str, tmp_path: Path) -> None:
-    output = tmp_path / "results" / "unet.jsonl"
-    table = bench(BenchConfig("unet", config=tiny_config, latents=8, rounds=1, lora_rank=4, output=str(output)))
-    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    lines = lines_of(tmp_path, "unet", tiny_config, rounds=1)
     names = [line["name"] for line in lines]
-    expected = ["svdiff", "lora r=4", "svdiff-pytorch's arithmetic", "frozen (forward and dx)", runner.CONTROL]
-    assert names == expected
+    assert names == [runner.OURS, "lora r=4", runner.NAIVE, runner.FROZEN, runner.CONTROL]
     assert all(line["p50"] > 0 and line["ratio_p50"] > 0 and line["torch"] and line["threads"] for line in lines)
     assert all(0 < line["of_roofline"] < 1.5 for line in lines)
-    assert all(name in table for name in names)
+
+
+def test_every_rival_that_needs_no_compiler_can_be_asked_for(tiny_config: str, tmp_path: Path) -> None:
+    rivals = [name for name in RIVALS if name != "lora-compiled"]
+    lines = lines_of(tmp_path, "unet", tiny_config, rounds=1, rank=3, rivals=rivals)
+    assert len(lines) == 2 + len(rivals) and {line["rank"] for line in lines} == {3}
+    flops = {line["name"]: line["flop"] for line in lines}
+    assert flops[runner.FROZEN] < flops[runner.OURS] < flops["recomposed by broadcast"] < flops[runner.NAIVE]
+    assert flops["lora r=4, attention only"] is None  # not counted, so not claimed
+
+
+def test_blocks_are_measured_one_by_one(tiny_config: str, tmp_path: Path) -> None:
+    lines = lines_of(tmp_path, "block", tiny_config, rounds=1)
+    assert {line["subject"] for line in lines} == {
+        "mid_block",
+        *(f"{s}_blocks.{i}" for s in ("down", "up") for i in (0, 1)),
+    }
+
+
+def test_memory_is_that_of_a_process_of_its_own(tiny_config: str, tmp_path: Path) -> None:
+    lines = lines_of(tmp_path, "memory", tiny_config, rounds=1, rivals=["frozen"])
+    assert [line["name"] for line in lines] == [runner.OURS, runner.FROZEN]
+    assert all(1e8 < line["peak_bytes"] < 2e9 for line in lines)
+
+
+def test_a_contender_that_does_not_fit_keeps_its_line(
+    tiny_config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import child, memory
+
+    def call(module: str, config: BenchConfig, name: str) -> dict[str, object]:
+        return (
+            {"failure": "not enough memory"} if name == "naive" else {"label": name, "seconds": [1.0], "peak_bytes": 2}
+        )
+
+    monkeypatch.setattr(child, "call", call)
+    failed = memory.run(BenchConfig("memory", config=tiny_config))[-1]
+    assert (failed.name, failed.failure) == ("naive", "not enough memory")
+    assert "failed: not enough memory" in runner.table([failed], torch.float32)
+
+
+def test_a_child_says_why_it_failed(tiny_config: str) -> None:
+    with pytest.raises(SVDiffError, match=r"our own step failed: .*memory"):
+        bench(BenchConfig("memory", config=tiny_config, latents=8, memory_gb=0.5, rounds=1))
+
+
+def test_start_up_is_measured_in_four_ways(tiny_config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = lines_of(tmp_path, "start", tiny_config, rounds=1)
+    assert len(lines) == 4 and all(line["p50"] > 0 for line in lines)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["results"]
+
+
+def test_levers_are_measured_against_what_is_done_now(tiny_config: str, tmp_path: Path) -> None:
+    lines = lines_of(tmp_path, "levers", tiny_config, rounds=1)
+    assert {line["name"] for line in lines} == {runner.OURS, "joined", "channels last", runner.CONTROL}
+
+
+@pytest.mark.parametrize(("count", "acting", "per_sample"), [(1, 1, 1), (4, 4, 1), (8, 8, 1), (16, 16, 2)])
+def test_a_batch_is_mixed_from_so_many_deltas(count: int, acting: int, per_sample: int) -> None:
+    rows = infer.mixes(count, 8)
+    assert len(rows) == 8 and len({name for row in rows for name in row}) == acting
+    assert {len(row) for row in rows} == {per_sample} and all(sum(row.values()) == 1 for row in rows)
+
+
+def test_inference_is_measured_against_a_dense_batch(tiny_config: str, tmp_path: Path) -> None:
+    lines = lines_of(tmp_path, "infer", tiny_config, rounds=1, batch=8)
+    names = {line["name"] for line in lines}
+    assert {runner.DENSE, infer.REBUILT, "lora r=4, mixed batch", *map(infer.ours, infer.COUNTS)} <= names
+
+
+def test_a_planted_slowdown_is_a_regression(tiny_config: str, tmp_path: Path) -> None:
+    files = [tmp_path / "results" / name for name in ("plain.jsonl", "slow.jsonl")]
+    for file, handicap in zip(files, (0.0, 1.0), strict=True):
+        lines_of(tmp_path, "unet", tiny_config, rounds=9, handicap=handicap)
+        (tmp_path / "results" / "unet.jsonl").rename(file)
+    assert compare.main([*map(str, files), "--relative", "0.4"]) == 1
+    assert compare.main([*map(str, reversed(files)), "--relative", "0.4"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"level": "block", "model": "clip"}, "clip is not a UNet"),
+        ({"level": "layer", "quick": True}, "quick is a way of bench unet"),
+        ({"level": "unet", "rank": 0}, "rank must be at least 1"),
+    ],
+)
+def test_bad_settings_are_named(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(SVDiffError, match=message):
+        bench(BenchConfig(**settings))

@@ -1,0 +1,22 @@
+"""Time against the number of rows T, for square linear layers: where rebuilding the weight begins to pay."""
+
+from __future__ import annotations
+
+from svdiff.bench import BenchConfig
+
+from . import layer, runner
+from .registry import Layer
+
+SIDES = (320, 640, 1280)
+ROWS = (64, 256, 1024, 4096, 8192)
+
+
+def run(bench: BenchConfig) -> list[runner.Timing]:
+    """Measure; the first timing of each group is ours."""
+    timings: list[runner.Timing] = []
+    for side in SIDES:
+        for T in ROWS:
+            shape = Layer("linear", side, side, T, (1, T, side))
+            steps, costs = layer.contenders(shape, bench.batch, runner.DTYPES[bench.dtype], ranks=(bench.lora_rank,))
+            timings += runner.interleave(steps, bench.rounds, subject=str(shape), costs=costs)
+    return timings
