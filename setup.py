@@ -15,8 +15,9 @@ from typing import Any
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-SOURCES = ["csrc/bindings.cpp", "csrc/autograd.cpp", *(f"csrc/cpu/{name}.cpp" for name in ("expand", "frozen", "gemm"))]
-HEADERS = ["csrc/ops.h", "csrc/cpu/gemm.h"]
+NAMES = ("bindings", "dispatch", "autograd", "layers", "cpu/expand", "cpu/frozen", "cpu/gemm")
+SOURCES = [f"csrc/{name}.cpp" for name in NAMES]
+HEADERS = ["csrc/ops.h", "csrc/dispatch.h", "csrc/cpu/gemm.h"]
 
 
 def missing_tool() -> str | None:

@@ -1,73 +1,17 @@
 // The gradients of the ops, for every device, as svdiff_kernels/ops.py states them. In C++ because the same in Python
 // costs more per call than a small layer computes.
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
+
+#include "dispatch.h"
 
 namespace svdiff {
 namespace {
 
-using at::SymIntArrayRef;
-using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
-using OptionalTensor = std::optional<Tensor>;
-
-template <typename Signature>
-auto op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
-Tensor expand(const Tensor& z, const Tensor& U, const Tensor& scale, const OptionalTensor& bias) {
-  static const auto call = op<Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&)>("svdiff::expand");
-  return call.call(z, U, scale, bias);
-}
-
-std::tuple<Tensor, Tensor> expand_backward(
-    const Tensor& dy, const OptionalTensor& z, const Tensor& U, const Tensor& scale, bool need_dz) {
-  static const auto call = op<std::tuple<Tensor, Tensor>(
-      const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, bool)>("svdiff::expand_backward");
-  return call.call(dy, z, U, scale, need_dz);
-}
-
-Tensor frozen_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, bool wide) {
-  static const auto call = op<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, bool)>("svdiff::frozen_linear");
-  return call.call(x, weight, bias, wide);
-}
-
-Tensor frozen_conv2d(
-    const Tensor& x,
-    const Tensor& weight,
-    const OptionalTensor& bias,
-    at::IntArrayRef stride,
-    at::IntArrayRef padding,
-    at::IntArrayRef dilation,
-    bool wide,
-    bool exact) {
-  static const auto call = op<Tensor(
-      const Tensor&, const Tensor&, const OptionalTensor&, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, bool, bool)>(
-      "svdiff::frozen_conv2d");
-  return call.call(x, weight, bias, stride, padding, dilation, wide, exact);
-}
-
-Tensor frozen_conv2d_backward(
-    const Tensor& dy,
-    const Tensor& weight,
-    SymIntArrayRef size,
-    at::IntArrayRef stride,
-    at::IntArrayRef padding,
-    at::IntArrayRef dilation) {
-  static const auto call = op<Tensor(
-      const Tensor&, const Tensor&, SymIntArrayRef, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef)>(
-      "svdiff::frozen_conv2d_backward");
-  return call.call(dy, weight, size, stride, padding, dilation);
-}
-
-void check_frozen(const Tensor& t, const char* what) {
-  TORCH_CHECK_VALUE(!t.requires_grad(), what, " requires grad, but the factors of a spectral layer are frozen");
-}
 
 struct Expand : Function<Expand> {
   static Tensor forward(
@@ -77,7 +21,7 @@ struct Expand : Function<Expand> {
     ctx->save_for_backward({U, scale, scale.requires_grad() ? z : Tensor()});
     ctx->saved_data["need_dbias"] = bias && bias->requires_grad();
     const at::AutoDispatchBelowADInplaceOrView below;
-    return svdiff::expand(z, U, scale, bias);
+    return call::expand(z, U, scale, bias);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -86,7 +30,7 @@ struct Expand : Function<Expand> {
     Tensor dz, dscale, dbias;
     if (need_dz || need_dscale) {
       const OptionalTensor z = need_dscale ? OptionalTensor(saved[2]) : std::nullopt;
-      std::tie(dz, dscale) = expand_backward(grads[0], z, saved[0], saved[1], need_dz);
+      std::tie(dz, dscale) = call::expand_backward(grads[0], z, saved[0], saved[1], need_dz);
     }
     if (ctx->saved_data["need_dbias"].toBool()) {
       dbias = grads[0].flatten(0, -2).sum(0);
@@ -101,12 +45,12 @@ struct FrozenLinear : Function<FrozenLinear> {
     check_frozen(weight, "svdiff::frozen_linear: weight");
     ctx->save_for_backward({weight});
     const at::AutoDispatchBelowADInplaceOrView below;
-    return svdiff::frozen_linear(x, weight, bias, wide);
+    return call::frozen_linear(x, weight, bias, wide);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const Tensor weight = ctx->get_saved_variables()[0];
-    return {svdiff::frozen_linear(grads[0].to(weight.scalar_type()), weight.t(), std::nullopt, false), {}, {}, {}};
+    return {call::frozen_linear(grads[0].to(weight.scalar_type()), weight.t(), std::nullopt, false), {}, {}, {}};
   }
 };
 
@@ -129,13 +73,13 @@ struct FrozenConv2d : Function<FrozenConv2d> {
     ctx->saved_data["padding"] = padding.vec();
     ctx->saved_data["dilation"] = dilation.vec();
     const at::AutoDispatchBelowADInplaceOrView below;
-    return svdiff::frozen_conv2d(x, weight, bias, stride, padding, dilation, wide, exact);
+    return call::frozen_conv2d(x, weight, bias, stride, padding, dilation, wide, exact);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     auto& data = ctx->saved_data;
     const std::vector<c10::SymInt> size{data["height"].toSymInt(), data["width"].toSymInt()};
-    const Tensor dx = frozen_conv2d_backward(grads[0], ctx->get_saved_variables()[0], size, data["stride"].toIntVector(),
+    const Tensor dx = call::frozen_conv2d_backward(grads[0], ctx->get_saved_variables()[0], size, data["stride"].toIntVector(),
                                              data["padding"].toIntVector(), data["dilation"].toIntVector());
     return {dx, {}, {}, {}, {}, {}, {}, {}};
   }

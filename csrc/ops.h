@@ -45,4 +45,23 @@ at::Tensor frozen_conv2d_backward(
     at::IntArrayRef padding,
     at::IntArrayRef dilation);
 
+// Whole layers, differentiable: U (scale * (Vh x)) + bias, for x [*, N], or [B, C_in, H, W] and Vh [r, C_in, kh, kw].
+// scale is [r], or [S, r] for S samples that split x's first dimension evenly.
+at::Tensor scaled_linear(
+    const at::Tensor& x,
+    const at::Tensor& U,
+    const at::Tensor& scale,
+    const at::Tensor& Vh,
+    const std::optional<at::Tensor>& bias);
+
+at::Tensor scaled_conv2d(
+    const at::Tensor& x,
+    const at::Tensor& U,
+    const at::Tensor& scale,
+    const at::Tensor& Vh,
+    const std::optional<at::Tensor>& bias,
+    at::IntArrayRef stride,
+    at::IntArrayRef padding,
+    at::IntArrayRef dilation);
+
 }  // namespace svdiff

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import backends
 from .ops import expand, frozen_conv2d, frozen_linear, is_half
 
 IntPair = int | tuple[int, ...]
@@ -145,6 +146,8 @@ def scaled_linear(
 ) -> Tensor:
     """`spectral_linear` with its `spectral_gain` given."""
     x, U, Vh, bias = _autocast(x, U, Vh, bias)
+    if weight is None and _in_one_call(bias):
+        return torch.ops.svdiff.scaled_linear.default(x, U, gain, Vh, bias)
     half = is_half(x.dtype)
     z = frozen_linear(x, Vh) if half else F.linear(x, Vh)  # torch's own keeps no x either, but sums slowly in half
     if weight is None:
@@ -176,6 +179,8 @@ def scaled_conv2d(
     x, U, Vh, bias = _autocast(x, U, Vh, bias)
     stride, dilation = _pair(stride), _pair(dilation)
     x, padding = _resolve_padding(x, padding, dilation, Vh)
+    if weight is None and _in_one_call(bias):
+        return torch.ops.svdiff.scaled_conv2d.default(x, U, gain, Vh, bias, stride, padding, dilation)
     z = frozen_conv2d(x, Vh, None, stride, padding, dilation)
     # [B, r, H', W'] -> [B, P, r]: a view in either memory format, which expand keeps.
     y = expand(z.flatten(2).transpose(1, 2), U, _rows(gain), bias if weight is None else None)
@@ -250,6 +255,16 @@ def recomposed_embedding(ids: Tensor, U: Tensor, gain: Tensor, Vh: Tensor, *, pa
 def _by_sample(x: Tensor, gain: Tensor) -> list[tuple[Tensor, Tensor]]:
     gains = _rows(gain)
     return list(zip(x.chunk(len(gains)) if len(gains) > 1 else (x,), gains, strict=True))
+
+
+def _in_one_call(bias: Tensor | None) -> bool:
+    """Whether ``csrc/layers.cpp`` may stand in for a composition: the same products, in one node of the graph.
+
+    A compiler had better see the parts.
+    """
+    if backends.extension is None or torch.compiler.is_compiling():
+        return False
+    return bias is None or not bias.requires_grad
 
 
 def _rows(gain: Tensor) -> Tensor:

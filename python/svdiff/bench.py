@@ -10,7 +10,9 @@ from typing import Literal
 
 from svdiff_kernels import SVDiffError
 
-Level = Literal["op", "layer", "block", "unet", "infer", "train", "memory", "start", "svd", "levers", "sweep"]
+Level = Literal[
+    "unet", "block", "layer", "sweep", "op", "overhead", "infer", "train", "memory", "start", "svd", "levers"
+]
 Rival = Literal["lora", "lora-attention", "lora-compiled", "naive", "broadcast", "parametrize", "frozen"]
 
 _LEVELS: dict[Level, str] = {
@@ -19,6 +21,7 @@ _LEVELS: dict[Level, str] = {
     "layer": "of each distinct layer",
     "sweep": "of square layers, for few rows and many",
     "op": "our op in each distinct layer",
+    "overhead": "what a call costs before any arithmetic",
     "infer": "a forward pass with another fine-tune for every sample",
     "train": "a step of svdiff train on the miniature",
     "memory": "the most memory that a training step holds",
@@ -34,9 +37,7 @@ _QUICK_CONFIG, _QUICK_LATENTS, _QUICK_ROUNDS = "quick_unet.json", 16, 40
 class BenchConfig:
     """Settings of `bench`."""
 
-    level: Literal["op", "layer", "block", "unet", "infer", "train", "memory", "start", "svd", "levers", "sweep"] = (
-        field(metadata={"help": "; ".join(f"{level}: {what}" for level, what in _LEVELS.items())})
-    )
+    level: Level = field(metadata={"help": "; ".join(f"{level}: {what}" for level, what in _LEVELS.items())})
     model: Literal["sd15", "sd21", "sdxl", "flux", "clip"] = field(
         default="sd15", metadata={"help": "whose shapes; flux (one block of each kind) and clip are no UNets"}
     )

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from svdiff.bench import BenchConfig, bench
 
-from benchmarks import op, registry, runner, svd, sweep
+from benchmarks import op, overhead, registry, runner, svd, sweep
 
 
 def lines_of(tmp_path: Path, **settings: Any) -> list[dict[str, Any]]:
@@ -50,6 +50,12 @@ def test_few_rows_and_many_are_measured(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(sweep, "ROWS", (4, 8))
     lines = lines_of(tmp_path, level="sweep")
     assert {line["subject"] for line in lines} == {f"linear {n}x{n} T={t}" for n in (32, 64) for t in (4, 8)}
+
+
+def test_the_cost_of_a_call_is_measured(tmp_path: Path) -> None:
+    lines = lines_of(tmp_path, level="overhead")
+    assert {line["name"] for line in lines} == {runner.OURS, overhead.PLAIN, runner.FROZEN, runner.CONTROL}
+    assert len({line["subject"] for line in lines}) == 2
 
 
 def test_a_step_of_svdiff_train_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

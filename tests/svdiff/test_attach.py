@@ -46,6 +46,25 @@ def shift(adapter: svdiff.Adapter, size: float = 0.02) -> None:
                 parameter.add_(size * torch.randn_like(parameter))
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_whole_unet_compiles_without_graph_breaks(unet: Any) -> None:
+    adapter = svdiff.attach(unet)
+    shift(adapter)
+    trained = [p for group in adapter.param_groups() for p in group["params"]]
+    x, t, context = unet_inputs()
+
+    def gradients(model: nn.Module) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(model(x, t, context, return_dict=False)[0].square().mean(), trained)
+
+    expected = gradients(unet)
+    compiled = torch.compile(unet, fullgraph=True, backend="aot_eager")
+    for actual, wanted in zip(gradients(compiled), expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
+    shift(adapter)  # what trains is an input of the graph, not a constant in it
+    for actual, wanted in zip(gradients(compiled), gradients(unet), strict=True):
+        torch.testing.assert_close(actual, wanted)
+
+
 @pytest.mark.parametrize("one_dim", ["vector", "scalar", "none"])
 @pytest.mark.parametrize("form", ["factored", "recomposed", "residual"])
 def test_zero_shift_changes_nothing(unet: Any, form: Any, one_dim: Any) -> None:

@@ -1,4 +1,4 @@
-// svdiff::expand from C++, against the same in plain ATen and against ATen's own gradient.
+// The ops from C++, against the same in plain ATen and against ATen's own gradients.
 
 #include <torch/torch.h>
 
@@ -40,6 +40,33 @@ void check(torch::Dtype dtype, bool columns_dense, int64_t S, double tolerance) 
   require(dscale, grads[1], tolerance, "dscale");
 }
 
+void check_layers() {
+  const auto options = torch::kDouble;
+  const int64_t B = 2, C = 3, M = 7, R = 5, side = 6;
+  const auto U = torch::randn({M, R}, options), Vh = torch::randn({R, C, 3, 3}, options), bias = torch::randn({M}, options);
+  const auto x = torch::randn({B, C, side, side}, options).requires_grad_();
+  const auto scale = torch::rand({R}, options).requires_grad_();
+  const auto weight = torch::einsum("mr,r,rcij->mcij", {U, scale, Vh});
+  const auto expected = torch::conv2d(x, weight, bias, 1, 1);
+  const auto actual = svdiff::scaled_conv2d(x, U, scale, Vh, bias, {1, 1}, {1, 1}, {1, 1});
+  require(actual.detach(), expected.detach(), 1e-12, "scaled_conv2d");
+  const auto dy = torch::randn_like(expected);
+  const auto wanted = torch::autograd::grad({expected}, {x, scale}, {dy});
+  const auto got = torch::autograd::grad({actual}, {x, scale}, {dy});
+  require(got[0], wanted[0], 1e-12, "dx of scaled_conv2d");
+  require(got[1], wanted[1], 1e-12, "dscale of scaled_conv2d");
+
+  const auto rows = torch::randn({B, side, C * 9}, options).requires_grad_();
+  const auto y = svdiff::scaled_linear(rows, U, scale, Vh.flatten(1), bias);
+  const auto y_plain = torch::linear(rows, torch::einsum("mr,r,rcij->mcij", {U, scale, Vh}).flatten(1), bias);
+  require(y.detach(), y_plain.detach(), 1e-12, "scaled_linear");
+  const auto dy_rows = torch::randn_like(y);
+  const auto plain = torch::autograd::grad({y_plain}, {rows, scale}, {dy_rows});
+  const auto ours = torch::autograd::grad({y}, {rows, scale}, {dy_rows});
+  require(ours[0], plain[0], 1e-12, "dx of scaled_linear");
+  require(ours[1], plain[1], 1e-12, "dscale of scaled_linear");
+}
+
 }  // namespace
 
 int main() {
@@ -52,6 +79,7 @@ int main() {
       check(torch::kHalf, columns_dense, S, 0.004);
     }
   }
-  std::cout << "svdiff::expand: ok\n";
+  check_layers();
+  std::cout << "ok\n";
   return 0;
 }

@@ -1,0 +1,142 @@
+// Whole spectral layers in one call, with one node in the graph of gradients: the compositions of
+// svdiff_kernels/functional.py, where Python and a node per op would take longer than a small layer computes.
+//
+// Only eager mode calls them. A compiler is shown the composition itself.
+
+#include <ATen/ATen.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "dispatch.h"
+#include "ops.h"
+
+namespace svdiff {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::variable_list;
+
+bool is_half(const Tensor& t) {
+  return t.scalar_type() == at::kHalf || t.scalar_type() == at::kBFloat16;
+}
+
+Tensor as_rows(const Tensor& scale) {
+  return scale.dim() == 2 ? scale : scale.unsqueeze(0);
+}
+
+// [B, C, H, W] as [B, H * W, C], and back: views, in either memory format.
+Tensor as_rows_of_pixels(const Tensor& t) {
+  return t.flatten(2).transpose(1, 2);
+}
+
+Tensor as_image(const Tensor& rows, const Tensor& like) {
+  return rows.transpose(1, 2).unflatten_symint(2, {like.sym_size(2), like.sym_size(3)});
+}
+
+struct ScaledLinear : Function<ScaledLinear> {
+  static Tensor forward(
+      AutogradContext* ctx,
+      const Tensor& x,
+      const Tensor& U,
+      const Tensor& scale,
+      const Tensor& Vh,
+      const OptionalTensor& bias) {
+    check_frozen(U, "svdiff::scaled_linear: U");
+    check_frozen(Vh, "svdiff::scaled_linear: Vh");
+    const bool trained = scale.requires_grad();
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const Tensor z = is_half(x) ? call::frozen_linear(x, Vh, std::nullopt, false) : at::linear(x, Vh);
+    ctx->save_for_backward({U, scale, Vh, trained ? z : Tensor()});
+    return call::expand(z, U, as_rows(scale), bias);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &U = saved[0], &scale = saved[1], &Vh = saved[2];
+    const bool need_dx = ctx->needs_input_grad(0), need_dscale = ctx->needs_input_grad(2);
+    const OptionalTensor z = need_dscale ? OptionalTensor(saved[3]) : std::nullopt;
+    const auto [dz, dscale] = call::expand_backward(grads[0], z, U, as_rows(scale), need_dx);
+    Tensor dx;
+    if (need_dx) {
+      dx = is_half(Vh) ? call::frozen_linear(dz, Vh.t(), std::nullopt, false) : at::matmul(dz, Vh);
+    }
+    return {dx, {}, need_dscale ? dscale.view_as(scale) : Tensor(), {}, {}};
+  }
+};
+
+struct ScaledConv2d : Function<ScaledConv2d> {
+  static Tensor forward(
+      AutogradContext* ctx,
+      const Tensor& x,
+      const Tensor& U,
+      const Tensor& scale,
+      const Tensor& Vh,
+      const OptionalTensor& bias,
+      at::IntArrayRef stride,
+      at::IntArrayRef padding,
+      at::IntArrayRef dilation) {
+    check_frozen(U, "svdiff::scaled_conv2d: U");
+    check_frozen(Vh, "svdiff::scaled_conv2d: Vh");
+    const bool trained = scale.requires_grad();
+    ctx->saved_data["height"] = x.sym_size(2);
+    ctx->saved_data["width"] = x.sym_size(3);
+    ctx->saved_data["stride"] = stride.vec();
+    ctx->saved_data["padding"] = padding.vec();
+    ctx->saved_data["dilation"] = dilation.vec();
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const Tensor image = call::frozen_conv2d(x, Vh, std::nullopt, stride, padding, dilation, false, false);
+    const Tensor z = as_rows_of_pixels(image);
+    ctx->save_for_backward({U, scale, Vh, trained ? z : Tensor()});
+    return as_image(call::expand(z, U, as_rows(scale), bias), image);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &U = saved[0], &scale = saved[1], &Vh = saved[2];
+    const bool need_dx = ctx->needs_input_grad(0), need_dscale = ctx->needs_input_grad(2);
+    const OptionalTensor z = need_dscale ? OptionalTensor(saved[3]) : std::nullopt;
+    const auto [dz, dscale] = call::expand_backward(as_rows_of_pixels(grads[0]), z, U, as_rows(scale), need_dx);
+    Tensor dx;
+    if (need_dx) {
+      auto& data = ctx->saved_data;
+      const std::vector<c10::SymInt> size{data["height"].toSymInt(), data["width"].toSymInt()};
+      dx = call::frozen_conv2d_backward(as_image(dz, grads[0]), Vh, size, data["stride"].toIntVector(),
+                                        data["padding"].toIntVector(), data["dilation"].toIntVector());
+    }
+    return {dx, {}, need_dscale ? dscale.view_as(scale) : Tensor(), {}, {}, {}, {}, {}};
+  }
+};
+
+}  // namespace
+
+Tensor scaled_linear(
+    const Tensor& x, const Tensor& U, const Tensor& scale, const Tensor& Vh, const OptionalTensor& bias) {
+  return ScaledLinear::apply(x, U, scale, Vh, bias);
+}
+
+Tensor scaled_conv2d(
+    const Tensor& x,
+    const Tensor& U,
+    const Tensor& scale,
+    const Tensor& Vh,
+    const OptionalTensor& bias,
+    at::IntArrayRef stride,
+    at::IntArrayRef padding,
+    at::IntArrayRef dilation) {
+  return ScaledConv2d::apply(x, U, scale, Vh, bias, stride, padding, dilation);
+}
+
+TORCH_LIBRARY_FRAGMENT(svdiff, m) {
+  m.def("scaled_linear(Tensor x, Tensor U, Tensor scale, Tensor Vh, Tensor? bias) -> Tensor");
+  m.def(
+      "scaled_conv2d(Tensor x, Tensor U, Tensor scale, Tensor Vh, Tensor? bias, int[2] stride, int[2] padding, "
+      "int[2] dilation) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(svdiff, CompositeImplicitAutograd, m) {
+  m.impl("scaled_linear", scaled_linear);
+  m.impl("scaled_conv2d", scaled_conv2d);
+}
+
+}  // namespace svdiff
