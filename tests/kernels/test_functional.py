@@ -10,7 +10,7 @@ from numerics import EXACT, HALF, HALF_FACTOR, LAYERS, Layer, relative
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from svdiff_kernels import decompose, spectral_conv2d, spectral_embedding, spectral_linear
+from svdiff_kernels import decompose, functional, spectral_conv2d, spectral_embedding, spectral_linear
 
 forms = pytest.mark.parametrize("residual", [False, True], ids=["factored", "residual"])
 layers = pytest.mark.parametrize("name", LAYERS)
@@ -26,6 +26,26 @@ def test_matches_fp64_recomposition(name: str, residual: bool, dtype: torch.dtyp
     assert actual["y"].dtype == dtype
     for key, value in truth.items():
         assert relative(actual[key], value) <= EXACT[dtype], key
+
+
+@layers
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_layer_in_one_call_gives_the_bits_of_its_parts(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = LAYERS[name]()
+    in_one = layer.run(layer.spectral, dtype, torch.float32, residual=False)
+    monkeypatch.setattr(functional, "_in_one_call", lambda bias: False)
+    in_parts = layer.run(layer.spectral, dtype, torch.float32, residual=False)
+    assert all(torch.equal(in_one[key], part) for key, part in in_parts.items())
+
+
+def test_a_bias_that_trains_gets_its_gradient() -> None:
+    layer = LAYERS["linear"]()
+    factors, x, delta = layer.factors, layer.x, layer.delta
+    bias = layer.bias.clone().requires_grad_()
+    spectral_linear(x, factors.U, factors.sigma, factors.Vh, delta, bias).backward(layer.dy)
+    torch.testing.assert_close(bias.grad, layer.dy.sum(0))
 
 
 @forms
