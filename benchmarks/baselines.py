@@ -18,8 +18,9 @@ from torch.nn.utils import parametrize
 from svdiff_kernels.nn import SpectralConv2d, SpectralLinear
 
 Way = Literal["diag", "broadcast", "parametrize"]
-"""How a weight is rebuilt: svdiff-pytorch's ``U @ diag(scale) @ Vh``; the same with the columns of U scaled, which
-spares a product; or the former as a parametrization of the weight, as in the snippet of the method's author."""
+"""How a weight is rebuilt: svdiff-pytorch's ``U @ diag(scale) @ Vh``, which keeps the weight beside its factors; the same
+with the columns of U scaled, which spares a product, and without the weight; or the former as a parametrization of the
+weight, as in the snippet of the method's author."""
 
 
 class Recomposition(nn.Module):
@@ -69,6 +70,8 @@ def recompose(model: nn.Module, layers: Mapping[str, nn.Module], way: Way = "dia
             shifts.append(recomposition.delta)
             continue
         naive = RecomposedLinear(layer, way) if isinstance(layer, SpectralLinear) else RecomposedConv2d(layer, way)
+        if way == "diag":
+            naive.weight = model.get_submodule(name).weight
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, naive)
         shifts.append(naive.recomposition.delta)

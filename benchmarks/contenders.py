@@ -11,7 +11,7 @@ from typing import Any
 
 import svdiff
 import torch
-from svdiff.bench import BenchConfig
+from svdiff.bench import RIVALS, BenchConfig
 from svdiff.targets import select
 from torch import nn
 
@@ -19,9 +19,6 @@ from svdiff_kernels.nn import SpectralModule
 
 from . import baselines, cost, registry, runner
 from .models import RandomFactors, random_unet, twin
-
-RIVALS = ("lora", "lora-attention", "lora-compiled", "naive", "broadcast", "parametrize", "frozen")
-"""What a UNet is measured against; the last does nothing but pass gradients on."""
 
 Inputs = dict[str, Any]
 Trained = tuple[nn.Module, list[nn.Parameter]]
@@ -42,14 +39,15 @@ class Contenders:
         self.names = [n for n, module in self.dense.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
 
     @cached_property
-    def adapter(self) -> svdiff.Adapter:
-        """Ours, attached to a twin of the dense model."""
-        return svdiff.attach(twin(self.dense), one_dim=self.bench.one_dim, rank=self.bench.rank, cache=RandomFactors())
+    def _attached(self) -> tuple[nn.Module, svdiff.Adapter]:
+        model = twin(self.dense)
+        bench = self.bench
+        return model, svdiff.attach(model, one_dim=bench.one_dim, rank=bench.rank, cache=RandomFactors())
 
     @property
     def spectral(self) -> nn.Module:
         """Our model."""
-        return self.adapter._parts[0].model
+        return self._attached[0]
 
     def label(self, name: str) -> str:
         """What a contender is called in tables and result files."""
@@ -66,7 +64,8 @@ class Contenders:
 
     def ours(self) -> Trained:
         """The spectral model and what trains in it."""
-        return self.spectral, [p for group in self.adapter.param_groups() for p in group["params"]]
+        model, adapter = self._attached
+        return model, [p for group in adapter.param_groups() for p in group["params"]]
 
     def rival(self, name: str) -> Trained:
         """One of `RIVALS`: a model, and what trains in it."""

@@ -13,7 +13,8 @@ from svdiff_kernels import SVDiffError
 Level = Literal[
     "unet", "block", "layer", "sweep", "op", "overhead", "infer", "train", "memory", "start", "svd", "levers"
 ]
-Rival = Literal["lora", "lora-attention", "lora-compiled", "naive", "broadcast", "parametrize", "frozen"]
+RIVALS = ("lora", "lora-attention", "lora-compiled", "naive", "broadcast", "parametrize", "frozen")
+"""What a UNet is measured against; the last does nothing but pass gradients on."""
 
 _LEVELS: dict[Level, str] = {
     "unet": "a training step of a whole UNet",
@@ -51,9 +52,9 @@ class BenchConfig:
         default=None, metadata={"help": "we train this many singular values of each weight; default: all"}
     )
     lora_rank: int = field(default=16, metadata={"help": "rank of the LoRA on all the same layers"})
-    rivals: list[Rival] = field(
+    rivals: list[str] = field(
         default_factory=lambda: ["lora", "naive", "frozen"],
-        metadata={"help": "unet, block, memory: what to measure against"},
+        metadata={"help": "unet, block, memory: what to measure against", "choices": RIVALS},
     )
     memory_gb: float | None = field(default=None, metadata={"help": "memory: a contender fails beyond so much"})
     rounds: int = field(default=7, metadata={"help": "steps counted of each contender"})
@@ -77,6 +78,8 @@ def bench(config: BenchConfig) -> str:
     for name in ("latents", "batch", "lora_rank", "rounds"):
         if getattr(config, name) < 1:
             raise SVDiffError(f"{name} must be at least 1, not {getattr(config, name)}")
+    if unknown := sorted(set(config.rivals) - set(RIVALS)):
+        raise SVDiffError(f"rival {unknown[0]!r} is not one of {', '.join(RIVALS)}")
     if config.rank is not None and config.rank < 1:
         raise SVDiffError(f"rank must be at least 1, not {config.rank}")
     if config.level in _OF_A_UNET and config.model in ("flux", "clip") and not config.config:

@@ -33,6 +33,14 @@ def test_recomposition_is_the_same_function_as_the_spectral_layers(way: baseline
         torch.testing.assert_close(layer.delta.grad, shift.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("way", "kept"), [("diag", True), ("broadcast", False)])
+def test_only_the_way_of_existing_code_keeps_the_weight(way: baselines.Way, kept: bool) -> None:
+    model = nn.ModuleDict({"a": nn.Linear(7, 5)}).requires_grad_(False)
+    weight = model["a"].weight
+    baselines.recompose(model, {"a": SpectralLinear.from_module(model["a"])}, way)
+    assert any(parameter is weight for parameter in model.parameters()) == kept
+
+
 def test_lora_starts_as_the_base_and_trains_two_matrices_a_layer() -> None:
     torch.manual_seed(0)
     model = nn.ModuleDict({"a": nn.Linear(7, 5), "b": nn.Conv2d(3, 4, 3)}).requires_grad_(False)

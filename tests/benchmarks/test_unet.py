@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from svdiff.bench import BenchConfig, bench
+from svdiff.bench import RIVALS, BenchConfig, bench
+from svdiff.cli import main
 
 from benchmarks import compare, infer, models, runner
-from benchmarks.contenders import RIVALS
 from svdiff_kernels import SVDiffError
 
 
@@ -116,9 +116,19 @@ def test_a_planted_slowdown_is_a_regression(tiny_config: str, tmp_path: Path) ->
     assert compare.main([*map(str, reversed(files)), "--relative", "0.4"]) == 0
 
 
+def test_rivals_are_chosen_on_the_command_line(tiny_config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["--config", tiny_config, "--latents", "8", "--rounds", "1"]
+    assert main(["bench", "unet", *settings, "--rivals", "frozen", "broadcast"]) == 0
+    table = capsys.readouterr().out
+    assert runner.FROZEN in table and "recomposed by broadcast" in table and runner.NAIVE not in table
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", "unet", *settings, "--rivals", "frozne"])
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"level": "unet", "rivals": ["frozne"]}, "rival 'frozne' is not one of"),
         ({"level": "block", "model": "clip"}, "clip is not a UNet"),
         ({"level": "layer", "quick": True}, "quick is a way of bench unet"),
         ({"level": "unet", "rank": 0}, "rank must be at least 1"),
