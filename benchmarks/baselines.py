@@ -18,9 +18,12 @@ from torch.nn.utils import parametrize
 from svdiff_kernels.nn import SpectralConv2d, SpectralLinear
 
 Way = Literal["diag", "broadcast", "parametrize"]
-"""How a weight is rebuilt: svdiff-pytorch's ``U @ diag(scale) @ Vh``, which keeps the weight beside its factors; the same
-with the columns of U scaled, which spares a product, and without the weight; or the former as a parametrization of the
-weight, as in the snippet of the method's author."""
+"""How a weight is rebuilt:
+
+- diag: svdiff-pytorch's ``U @ diag(scale) @ Vh``, which keeps the weight beside its factors;
+- broadcast: the same with the columns of U scaled, which spares a product, and without the weight;
+- parametrize: the first as a parametrization of the weight, as in the snippet of the method's author.
+"""
 
 
 class Recomposition(nn.Module):
