@@ -15,8 +15,6 @@ from svdiff.bench import RIVALS, BenchConfig
 from svdiff.targets import select
 from torch import nn
 
-from svdiff_kernels.nn import SpectralModule
-
 from . import baselines, cost, registry, runner
 from .models import RandomFactors, random_unet, twin
 
@@ -57,8 +55,8 @@ class Contenders:
             "lora-attention": f"lora r={rank}, attention only",
             "lora-compiled": f"lora r={rank}, torch.compile",
             "naive": runner.NAIVE,
-            "broadcast": "recomposed by broadcast",
-            "parametrize": "author's parametrize",
+            "broadcast": runner.BROADCAST,
+            "parametrize": runner.PARAMETRIZE,
             "frozen": runner.FROZEN,
         }[name]
 
@@ -133,8 +131,3 @@ def training_step(model: nn.Module, parameters: list[nn.Parameter], inputs: Inpu
             optimizer.zero_grad(set_to_none=True)
 
     return step
-
-
-def layers_of(model: nn.Module) -> dict[str, SpectralModule]:
-    """Our layers, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, SpectralModule)}

@@ -12,8 +12,8 @@ import torch
 from svdiff.bench import BenchConfig
 from torch import nn
 
-from . import baselines, cost, registry, runner
-from .contenders import Contenders, Inputs, layers_of
+from . import cost, registry, runner
+from .contenders import Contenders, Inputs
 from .models import twin
 
 COUNTS = (8, 1, 4, 16)
@@ -83,8 +83,7 @@ def _peft(contenders: Contenders, inputs: Inputs) -> runner.Step:
 
 
 def _rebuilt(contenders: Contenders, inputs: Inputs) -> runner.Step:
-    model = twin(contenders.dense)
-    baselines.recompose(model, layers_of(contenders.spectral), "broadcast")
+    model, _ = contenders.rival("broadcast")
     batch = contenders.bench.batch
 
     def sample(i: int) -> Inputs:

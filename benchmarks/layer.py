@@ -51,7 +51,7 @@ def contenders(
     for way in ("diag", "broadcast", "parametrize"):
         naive = nn.ModuleDict({"layer": twin(dense)})
         baselines.recompose(naive, {"layer": spectral}, way)
-        name = {"diag": runner.NAIVE, "parametrize": "author's parametrize"}.get(way, "recomposed by broadcast")
+        name = {"diag": runner.NAIVE, "parametrize": runner.PARAMETRIZE, "broadcast": runner.BROADCAST}[way]
         steps[name] = _step(naive["layer"], x)
         costs[name] = cost.recomposed(M, N, T, size) if way == "broadcast" else cost.svdiff_pytorch(M, N, T, size)
     for rank in ranks:

@@ -30,10 +30,9 @@ COLOURS = {
     runner.OURS: OURS,
     runner.FROZEN: "#16a34a",
     runner.NAIVE: "#7c3aed",
-    "recomposed by broadcast": "#2563eb",
+    runner.BROADCAST: "#2563eb",
     "lora r=16": "#ca8a04",
 }
-BROADCAST = "recomposed by broadcast"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,9 +113,9 @@ def cost_rule(subjects: list[Subject]) -> Any:
         points = []
         for lines in subjects:
             named = {line["name"]: line for line in lines}
-            if BROADCAST in named and lines[0]["subject"].split(" x ", 1)[-1].startswith(kind):
-                counted = named[BROADCAST]["flop"] / named[runner.OURS]["flop"]
-                points.append((counted, named[BROADCAST]["ratio_p50"]))
+            if runner.BROADCAST in named and lines[0]["subject"].split(" x ", 1)[-1].startswith(kind):
+                counted = named[runner.BROADCAST]["flop"] / named[runner.OURS]["flop"]
+                points.append((counted, named[runner.BROADCAST]["ratio_p50"]))
         if points:
             ax.scatter(*zip(*points, strict=True), s=16, color=colour, alpha=0.8, lw=0, label=kind)
     limits = [min(*ax.get_xlim(), *ax.get_ylim(), 0.8), max(*ax.get_xlim(), *ax.get_ylim())]

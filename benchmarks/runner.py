@@ -26,6 +26,7 @@ from . import machine
 from .cost import Cost
 
 OURS, NAIVE = "svdiff", "svdiff-pytorch's arithmetic"
+BROADCAST, PARAMETRIZE = "recomposed by broadcast", "author's parametrize"
 FROZEN, DENSE, CONTROL = "frozen (forward and dx)", "dense batch of the base", "A/A control"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Step = Callable[[], object]
