@@ -17,7 +17,7 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 NAMES = ("bindings", "dispatch", "autograd", "layers", "cpu/expand", "cpu/frozen", "cpu/gemm")
 SOURCES = [f"csrc/{name}.cpp" for name in NAMES]
-HEADERS = ["csrc/ops.h", "csrc/dispatch.h", "csrc/cpu/gemm.h"]
+HEADERS = ["csrc/ops.h", "csrc/dispatch.h", "csrc/autograd.h", "csrc/cpu/gemm.h"]
 
 
 def missing_tool() -> str | None:

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import runner
 from .contenders import Contenders
+from .models import calls_of
 
 
 def run(bench: BenchConfig) -> list[runner.Timing]:
@@ -19,7 +20,7 @@ def run(bench: BenchConfig) -> list[runner.Timing]:
     models = {runner.OURS: contenders.ours()[0]}
     models |= {contenders.label(name): contenders.rival(name)[0] for name in bench.rivals}
     blocks = [name for name, _ in contenders.dense.named_modules() if name == "mid_block" or is_numbered(name)]
-    seen = _inputs_of(contenders.dense, blocks, contenders.inputs())
+    seen = calls_of(contenders.dense, blocks, contenders.inputs())
     timings: list[runner.Timing] = []
     for name in blocks:
         steps = {label: _step(model.get_submodule(name), *seen[name]) for label, model in models.items()}
@@ -31,23 +32,6 @@ def is_numbered(name: str) -> bool:
     """Is it a block of the list on the way down or up?"""
     parent, _, number = name.rpartition(".")
     return parent in ("down_blocks", "up_blocks") and number.isdecimal()
-
-
-def _inputs_of(
-    model: nn.Module, blocks: list[str], inputs: dict[str, Any]
-) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
-    seen: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(
-            lambda module, args, kwargs, name=name: seen.update({name: (args, kwargs)}), with_kwargs=True
-        )
-        for name in blocks
-    ]
-    with torch.no_grad():
-        model(**inputs)
-    for hook in hooks:
-        hook.remove()
-    return seen
 
 
 def _step(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> runner.Step:

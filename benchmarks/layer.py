@@ -33,20 +33,15 @@ def contenders(
     layer: registry.Layer, batch: int, dtype: torch.dtype, ranks: tuple[int, ...] = LORA_RANKS
 ) -> tuple[dict[str, runner.Step], dict[str, cost.Cost]]:
     """Steps of one layer by name, and what each costs by count."""
-    dense = layer.module(dtype)
-    weight = filled(tuple(dense.weight.shape), dense.weight[0].numel() ** -0.5).to(dtype)
-    dense.weight = nn.Parameter(weight, requires_grad=False)
-    dense.bias = nn.Parameter(torch.zeros(layer.M, dtype=dtype), requires_grad=False)
-    spectral_type = SpectralLinear if isinstance(dense, nn.Linear) else SpectralConv2d
-    factors = RandomFactors().get(weight)
-    spectral = spectral_type.from_module(dense, factors)
+    dense = dense_layer(layer, dtype)
+    spectral = spectral_layer(dense)
     x = filled((batch, *layer.inputs[1:]), 1.0).to(dtype)
     M, N, T, size = layer.M, layer.N, layer.T * batch, dtype.itemsize
     steps = {runner.OURS: _step(spectral, x)}
     costs = {runner.OURS: cost.factored(M, N, T, size)}
     if min(M, N) > RESIDUAL_RANK:
         name = f"svdiff residual r={RESIDUAL_RANK}"
-        steps[name] = _step(spectral_type.from_module(dense, factors, rank=RESIDUAL_RANK), x)
+        steps[name] = _step(spectral_layer(dense, rank=RESIDUAL_RANK), x)
         costs[name] = cost.residual(M, N, T, size, RESIDUAL_RANK)
     for way in ("diag", "broadcast", "parametrize"):
         naive = nn.ModuleDict({"layer": twin(dense)})
@@ -62,6 +57,23 @@ def contenders(
     steps[runner.FROZEN] = _step(dense, x)
     costs[runner.FROZEN] = cost.frozen(M, N, T, size)
     return steps, costs
+
+
+def dense_layer(layer: registry.Layer, dtype: torch.dtype) -> nn.Linear | nn.Conv2d:
+    """A frozen layer of this shape with random weights."""
+    dense = layer.module(dtype)
+    weight = filled(tuple(dense.weight.shape), dense.weight[0].numel() ** -0.5).to(dtype)
+    dense.weight = nn.Parameter(weight, requires_grad=False)
+    dense.bias = nn.Parameter(torch.zeros(layer.M, dtype=dtype), requires_grad=False)
+    return dense
+
+
+def spectral_layer(dense: nn.Linear | nn.Conv2d, rank: int | None = None) -> SpectralLinear | SpectralConv2d:
+    """Its spectral form, with random factors."""
+    factors = RandomFactors().get(dense.weight)
+    if isinstance(dense, nn.Linear):
+        return SpectralLinear.from_module(dense, factors, rank=rank)
+    return SpectralConv2d.from_module(dense, factors, rank=rank)
 
 
 def _step(layer: nn.Module, x: torch.Tensor) -> runner.Step:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -35,6 +37,29 @@ def random_unet(config: Path, dtype: torch.dtype) -> UNet2DConditionModel:
             else:
                 parameter.data = torch.full_like(parameter.data, 1.0 if name == "weight" else 0.0, dtype=dtype)
     return model
+
+
+class Call(NamedTuple):
+    """What a module was given in a forward pass."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def calls_of(model: nn.Module, names: Iterable[str], inputs: Mapping[str, Any]) -> dict[str, Call]:
+    """What each of the named modules is given while the model runs on `inputs`."""
+    seen: dict[str, Call] = {}
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, kwargs, name=name: seen.update({name: Call(args, kwargs)}), with_kwargs=True
+        )
+        for name in names
+    ]
+    with torch.no_grad():
+        model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    return seen
 
 
 def filled(shape: tuple[int, ...], std: float) -> Tensor:

@@ -54,6 +54,10 @@ def contenders(M: int, r: int, T: int, dtype: torch.dtype) -> tuple[dict[str, ru
         leaf: Tensor = z.detach().requires_grad_()
         F.linear(leaf, U, bias).backward(dy)
 
-    steps = {backends.serving("cpu"): dispatched, "plain torch, without autograd": plain, DENSE: dense}
+    steps: dict[str, runner.Step] = {
+        backends.serving("cpu"): dispatched,
+        "plain torch, without autograd": plain,
+        DENSE: dense,
+    }
     cost = gemm(T, r, M, dtype.itemsize) + gemm(T, M, r, dtype.itemsize)
     return steps, dict.fromkeys(steps, cost)

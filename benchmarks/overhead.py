@@ -14,9 +14,10 @@ from svdiff.bench import BenchConfig
 from torch import Tensor, nn
 
 from svdiff_kernels import Bank
-from svdiff_kernels.nn import SpectralConv2d, SpectralLinear
+from svdiff_kernels.nn import SpectralLinear
 
 from . import runner
+from .layer import spectral_layer
 
 LAYERS = 50
 PLAIN = "the same in plain torch operations"
@@ -45,8 +46,7 @@ def run(bench: BenchConfig) -> list[runner.Timing]:
 
 
 def _steps(dense: nn.Sequential, x: Tensor) -> dict[str, runner.Step]:
-    kind = SpectralLinear if isinstance(dense[0], nn.Linear) else SpectralConv2d
-    layers = [kind.from_module(layer) for layer in dense]
+    layers = [spectral_layer(layer) for layer in dense if isinstance(layer, nn.Linear | nn.Conv2d)]
     spectral = nn.Sequential(*layers)
     bank = Bank({str(i): layer for i, layer in enumerate(layers)}, root=spectral)
     shifts = bank.parameters_of("default")[0]

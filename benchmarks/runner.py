@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ class Timing:
     @classmethod
     def of_failure(cls, subject: str, name: str, failure: str) -> Timing:
         """A contender that did not get through."""
-        return cls(subject, name, 0, *[0.0] * 6, failure=failure)
+        return cls(subject, name, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, failure=failure)
 
 
 def interleave(
@@ -123,9 +123,10 @@ def summarise(
     for name, taken in seconds.items():
         ratios = [a / b for a, b in zip(taken, seconds[first], strict=True)]
         cost = (costs or {}).get(first if name == CONTROL else name)
-        counted = (cost.flop, cost.bytes) if cost else (None, None)
-        peak = (peaks or {}).get(name)
-        timings.append(Timing(subject, name, len(taken), *_percentiles(taken), *_percentiles(ratios), *counted, peak))
+        timing = Timing(subject, name, len(taken), *_percentiles(taken), *_percentiles(ratios))
+        if cost:
+            timing = replace(timing, flop=cost.flop, bytes=cost.bytes)
+        timings.append(replace(timing, peak_bytes=(peaks or {}).get(name)))
     return timings
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 
 import torch
 from svdiff.bench import BenchConfig
@@ -22,10 +23,10 @@ def run(bench: BenchConfig) -> list[runner.Timing]:
             cache = FactorCache(folder)
             cache.get(W)
             steps: dict[str, runner.Step] = {
-                "decompose": lambda W=W: decompose(W),
-                "torch.linalg.svd, fp32": lambda W=W: torch.linalg.svd(W, full_matrices=False),
-                "torch.linalg.svd, fp64": lambda W=W: torch.linalg.svd(W.double(), full_matrices=False),
-                "read from the cache": lambda W=W, cache=cache: cache.get(W),
+                "decompose": partial(decompose, W),
+                "torch.linalg.svd, fp32": partial(torch.linalg.svd, W, full_matrices=False),
+                "torch.linalg.svd, fp64": partial(torch.linalg.svd, W.double(), full_matrices=False),
+                "read from the cache": partial(cache.get, W),
             }
             timings += runner.interleave(steps, bench.rounds, subject=f"{count} x {M}x{N}")
     return timings

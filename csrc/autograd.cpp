@@ -1,7 +1,8 @@
 // The gradients of the ops, for every device, as svdiff_kernels/ops.py states them. In C++ because the same in Python
 // costs more per call than a small layer computes.
 
-#include <torch/csrc/autograd/custom_function.h>
+#include "autograd.h"
+
 #include <torch/library.h>
 
 #include "dispatch.h"
@@ -67,21 +68,13 @@ struct FrozenConv2d : Function<FrozenConv2d> {
       bool exact) {
     check_frozen(weight, "svdiff::frozen_conv2d: weight");
     ctx->save_for_backward({weight});
-    ctx->saved_data["height"] = x.sym_size(2);
-    ctx->saved_data["width"] = x.sym_size(3);
-    ctx->saved_data["stride"] = stride.vec();
-    ctx->saved_data["padding"] = padding.vec();
-    ctx->saved_data["dilation"] = dilation.vec();
+    save_geometry(ctx, x, stride, padding, dilation);
     const at::AutoDispatchBelowADInplaceOrView below;
     return call::frozen_conv2d(x, weight, bias, stride, padding, dilation, wide, exact);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    auto& data = ctx->saved_data;
-    const std::vector<c10::SymInt> size{data["height"].toSymInt(), data["width"].toSymInt()};
-    const Tensor dx = call::frozen_conv2d_backward(grads[0], ctx->get_saved_variables()[0], size, data["stride"].toIntVector(),
-                                             data["padding"].toIntVector(), data["dilation"].toIntVector());
-    return {dx, {}, {}, {}, {}, {}, {}, {}};
+    return {conv2d_dx(ctx, grads[0], ctx->get_saved_variables()[0]), {}, {}, {}, {}, {}, {}, {}};
   }
 };
 
@@ -99,4 +92,25 @@ TORCH_LIBRARY_IMPL(svdiff, Autograd, m) {
 }
 
 }  // namespace
+
+void check_frozen(const Tensor& t, const char* what) {
+  TORCH_CHECK_VALUE(!t.requires_grad(), what, " requires grad, but the factors of a spectral layer are frozen");
+}
+
+void save_geometry(
+    AutogradContext* ctx, const Tensor& x, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
+  ctx->saved_data["height"] = x.sym_size(2);
+  ctx->saved_data["width"] = x.sym_size(3);
+  ctx->saved_data["stride"] = stride.vec();
+  ctx->saved_data["padding"] = padding.vec();
+  ctx->saved_data["dilation"] = dilation.vec();
+}
+
+Tensor conv2d_dx(AutogradContext* ctx, const Tensor& dy, const Tensor& weight) {
+  auto& data = ctx->saved_data;
+  const std::vector<c10::SymInt> size{data["height"].toSymInt(), data["width"].toSymInt()};
+  return call::frozen_conv2d_backward(dy, weight, size, data["stride"].toIntVector(), data["padding"].toIntVector(),
+                                      data["dilation"].toIntVector());
+}
+
 }  // namespace svdiff

@@ -12,10 +12,6 @@ auto op(const char* name) {
 
 }  // namespace
 
-void check_frozen(const Tensor& t, const char* what) {
-  TORCH_CHECK_VALUE(!t.requires_grad(), what, " requires grad, but the factors of a spectral layer are frozen");
-}
-
 namespace call {
 
 Tensor expand(const Tensor& z, const Tensor& U, const Tensor& scale, const OptionalTensor& bias) {

@@ -11,9 +11,6 @@ namespace svdiff {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Factors are constants: a gradient for one would be as large as the weight.
-void check_frozen(const Tensor& t, const char* what);
-
 namespace call {
 
 Tensor expand(const Tensor& z, const Tensor& U, const Tensor& scale, const OptionalTensor& bias);

@@ -4,9 +4,10 @@
 // Only eager mode calls them. A compiler is shown the composition itself.
 
 #include <ATen/ATen.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <c10/core/ScalarType.h>
 #include <torch/library.h>
 
+#include "autograd.h"
 #include "dispatch.h"
 #include "ops.h"
 
@@ -18,7 +19,7 @@ using torch::autograd::Function;
 using torch::autograd::variable_list;
 
 bool is_half(const Tensor& t) {
-  return t.scalar_type() == at::kHalf || t.scalar_type() == at::kBFloat16;
+  return c10::isReducedFloatingType(t.scalar_type());
 }
 
 Tensor as_rows(const Tensor& scale) {
@@ -79,11 +80,7 @@ struct ScaledConv2d : Function<ScaledConv2d> {
     check_frozen(U, "svdiff::scaled_conv2d: U");
     check_frozen(Vh, "svdiff::scaled_conv2d: Vh");
     const bool trained = scale.requires_grad();
-    ctx->saved_data["height"] = x.sym_size(2);
-    ctx->saved_data["width"] = x.sym_size(3);
-    ctx->saved_data["stride"] = stride.vec();
-    ctx->saved_data["padding"] = padding.vec();
-    ctx->saved_data["dilation"] = dilation.vec();
+    save_geometry(ctx, x, stride, padding, dilation);
     const at::AutoDispatchBelowADInplaceOrView below;
     const Tensor image = call::frozen_conv2d(x, Vh, std::nullopt, stride, padding, dilation, false, false);
     const Tensor z = as_rows_of_pixels(image);
@@ -97,13 +94,7 @@ struct ScaledConv2d : Function<ScaledConv2d> {
     const bool need_dx = ctx->needs_input_grad(0), need_dscale = ctx->needs_input_grad(2);
     const OptionalTensor z = need_dscale ? OptionalTensor(saved[3]) : std::nullopt;
     const auto [dz, dscale] = call::expand_backward(as_rows_of_pixels(grads[0]), z, U, as_rows(scale), need_dx);
-    Tensor dx;
-    if (need_dx) {
-      auto& data = ctx->saved_data;
-      const std::vector<c10::SymInt> size{data["height"].toSymInt(), data["width"].toSymInt()};
-      dx = call::frozen_conv2d_backward(as_image(dz, grads[0]), Vh, size, data["stride"].toIntVector(),
-                                        data["padding"].toIntVector(), data["dilation"].toIntVector());
-    }
+    const Tensor dx = need_dx ? conv2d_dx(ctx, as_image(dz, grads[0]), Vh) : Tensor();
     return {dx, {}, need_dscale ? dscale.view_as(scale) : Tensor(), {}, {}, {}, {}, {}};
   }
 };

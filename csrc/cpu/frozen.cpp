@@ -8,6 +8,7 @@
 
 #include <ATen/ATen.h>
 #include <c10/core/DispatchKeySet.h>
+#include <c10/core/ScalarType.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
@@ -20,15 +21,10 @@ using at::IntArrayRef;
 using at::Tensor;
 
 constexpr int64_t kFewPixels = 128;  // up to here one GEMM over unfolded patches beats a direct convolution
-constexpr int64_t kTileElements = 1 << 20;  // of a half-precision kernel in fp32 at a time
-
-bool is_half(at::ScalarType type) {
-  return type == at::kHalf || type == at::kBFloat16;
-}
 
 bool is_few(const Tensor& t, IntArrayRef size) {
   const int64_t pixels = t.size(0) * size[0] * size[1];
-  return pixels > 0 && pixels <= kFewPixels && (!is_half(t.scalar_type()) || widens(t.scalar_type()));
+  return pixels > 0 && pixels <= kFewPixels && (!c10::isReducedFloatingType(t.scalar_type()) || widens(t.scalar_type()));
 }
 
 std::vector<int64_t> output_size(
@@ -41,10 +37,9 @@ std::vector<int64_t> output_size(
   return size;
 }
 
-// The kernel in blocks of output channels, never more than a quarter of it at a time.
+// The kernel in blocks of output channels, each small enough to be held in fp32.
 std::vector<Tensor> tiles(const Tensor& weight) {
-  const int64_t channels = weight.size(0), inner = std::max<int64_t>(1, weight.numel() / std::max<int64_t>(1, channels));
-  return weight.split(std::max<int64_t>(1, std::min(kTileElements / inner, (channels + 3) / 4)));
+  return weight.split(lines_at_a_time(weight.size(0), c10::multiply_integers(weight.sizes().slice(1))));
 }
 
 Tensor laid_out_as(const Tensor& y, const Tensor& x) {
@@ -59,7 +54,7 @@ Tensor frozen_linear(const Tensor& x, const Tensor& weight, const std::optional<
                     x.sizes(), ", expected [*, ", weight.size(-1), "]");
   TORCH_CHECK_VALUE(wide || x.scalar_type() == weight.scalar_type(), "svdiff::frozen_linear: x is ", x.scalar_type(),
                     " but weight is ", weight.scalar_type());
-  const auto out = wide && is_half(x.scalar_type()) ? at::kFloat : x.scalar_type();
+  const auto out = wide && c10::isReducedFloatingType(x.scalar_type()) ? at::kFloat : x.scalar_type();
   return product(x.contiguous(), weight.t(), bias, out);
 }
 
@@ -77,11 +72,11 @@ Tensor frozen_conv2d(
   TORCH_CHECK_VALUE(wide || x.scalar_type() == weight.scalar_type(), "svdiff::frozen_conv2d: x is ", x.scalar_type(),
                     " but weight is ", weight.scalar_type());
   const auto type = x.scalar_type();
-  const auto out = wide && is_half(type) ? at::kFloat : type;
+  const auto out = wide && c10::isReducedFloatingType(type) ? at::kFloat : type;
   const auto size = output_size(x, weight, stride, padding, dilation);
   if (!exact && is_few(x, size)) {
     // All images at once, so that the weight is read a single time: [1, pixels, patch], pixels dense.
-    const auto wide_x = is_half(type) ? x.to(at::kFloat) : x;
+    const auto wide_x = c10::isReducedFloatingType(type) ? x.to(at::kFloat) : x;
     const Tensor patches = at::im2col(wide_x, weight.sizes().slice(2), dilation, padding, stride);  // [B, patch, P]
     const Tensor rows = patches.transpose(0, 1).reshape({1, patches.size(1), -1}).transpose(1, 2);
     const Tensor y = product(rows, weight.flatten(1).t(), bias, out).transpose(1, 2);  // [1, C_out, pixels]
@@ -114,7 +109,7 @@ Tensor frozen_conv2d_backward(
   const Tensor typed = dy.to(type);
   if (is_few(typed, dy.sizes().slice(2))) {
     const Tensor rows = typed.flatten(2).transpose(1, 2).contiguous();  // [B, P, C_out]
-    const auto full = is_half(type) ? at::kFloat : type;
+    const auto full = c10::isReducedFloatingType(type) ? at::kFloat : type;
     const Tensor patches = product(rows, weight.flatten(1), std::nullopt, full).transpose(1, 2);
     return at::col2im(patches, size, weight.sizes().slice(2), dilation, padding, stride).to(type);
   }

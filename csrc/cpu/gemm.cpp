@@ -1,7 +1,6 @@
 #include "gemm.h"
 
 #include <ATen/ATen.h>
-#include <ATen/core/grad_mode.h>
 #include <c10/core/DispatchKeySet.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
@@ -43,10 +42,8 @@ Native detect() {
 // The lines of a dense matrix [lines, length] in fp32, a block at a time: use(first, last, block).
 template <typename Use>
 void for_each_block(const Tensor& matrix, const Use& use) {
-  const int64_t lines = matrix.size(0), length = matrix.size(1);
-  // Never more than a quarter of it, however small it is.
-  const int64_t most = std::max<int64_t>(1, std::min(kTile / std::max<int64_t>(1, length), (lines + 3) / 4));
-  const Tensor scratch = at::empty({most, length}, matrix.options().dtype(at::kFloat));
+  const int64_t lines = matrix.size(0), most = lines_at_a_time(lines, matrix.size(1));
+  const Tensor scratch = at::empty({most, matrix.size(1)}, matrix.options().dtype(at::kFloat));
   for (int64_t first = 0; first < lines; first += most) {
     const int64_t last = std::min(first + most, lines);
     Tensor block = scratch.slice(0, 0, last - first);
@@ -105,6 +102,11 @@ Tensor wide_product(const Tensor& t, const Tensor& W, const std::optional<Tensor
 bool widens(at::ScalarType type) {
   static const Native native = detect();
   return (type == at::kBFloat16 && !native.bf16) || (type == at::kHalf && !native.fp16);
+}
+
+int64_t lines_at_a_time(int64_t lines, int64_t length) {
+  // Never more than a quarter of it, however small it is.
+  return std::max<int64_t>(1, std::min(kTile / std::max<int64_t>(1, length), (lines + 3) / 4));
 }
 
 Tensor product(const Tensor& t, const Tensor& W, const std::optional<Tensor>& bias, at::ScalarType out) {

@@ -20,6 +20,9 @@ inline int64_t count_rows(const at::Tensor& t) {
 // instructions for it, and vendor GEMMs fall to a quarter of fp32's speed (bf16) or a hundredth (fp16).
 bool widens(at::ScalarType type);
 
+// How many lines of a half-precision matrix [lines, length] to hold in fp32 at a time.
+int64_t lines_at_a_time(int64_t lines, int64_t length);
+
 // t @ W (+ bias), for t [*, k] dense in either layout and W [k, n]; the result is laid out as t is.
 // Its type is `out`. t may be fp32 where W is of half precision: then nothing is rounded on the way.
 at::Tensor product(

@@ -28,7 +28,7 @@ _LEVELS: dict[Level, str] = {
     "memory": "the most memory that a training step holds",
     "start": "from a base model to the end of the first step",
     "svd": "decomposing the weights, and reading them back",
-    "levers": "what joining work across layers would save",
+    "levers": "what changes that were not made would save",
 }
 _OF_A_UNET = ("unet", "block", "infer", "memory", "start", "levers")
 _QUICK_CONFIG, _QUICK_LATENTS, _QUICK_ROUNDS = "quick_unet.json", 16, 40

@@ -91,7 +91,8 @@ def test_start_up_is_measured_in_four_ways(tiny_config: str, tmp_path: Path, mon
 
 def test_levers_are_measured_against_what_is_done_now(tiny_config: str, tmp_path: Path) -> None:
     lines = lines_of(tmp_path, "levers", tiny_config, rounds=1)
-    assert {line["name"] for line in lines} == {runner.OURS, "joined", "channels last", runner.CONTROL}
+    names = {line["name"] for line in lines}
+    assert names == {runner.OURS, "joined", "recomposed", "channels last", "memory is kept", runner.CONTROL}
 
 
 @pytest.mark.parametrize(("count", "acting", "per_sample"), [(1, 1, 1), (4, 4, 1), (8, 8, 1), (16, 16, 2)])
