@@ -94,7 +94,7 @@ def roofline(subjects: list[Subject]) -> Any:
     low, high = min(intensities) / 2, max(intensities) * 2
     xs = [low * (high / low) ** (i / 200) for i in range(201)]
     ax.plot(xs, [min(peak, bandwidth * x) for x in xs], color="black", lw=1)
-    ax.annotate(f"{peak:.2f} TFLOP/s, {1e3 * bandwidth:.0f} GB/s", (xs[-1], peak), ha="right", va="bottom", fontsize=8)
+    ax.set_title(f"measured peak: {peak:.2f} TFLOP/s, {1e3 * bandwidth:.0f} GB/s; a point for each layer of the model")
     for name, colour in COLOURS.items():
         points = [line for lines in subjects for line in lines if line["name"] == name and line["flop"]]
         if points:
@@ -161,12 +161,12 @@ def deltas(subjects: list[Subject]) -> Any:
         ax.plot(xs, [counts[x]["ratio_p50"] / dense for x in xs], marker="o", label=label, color=OURS)
         for line, colour in zip([x for x in lines if _is_batch_rival(x["name"])], ("#ca8a04", "#2563eb"), strict=False):
             value = line["ratio_p50"] / dense
-            ax.axhline(value, color=colour, lw=1)
-            ax.annotate(f"{line['name']}: {value:.2f}", (xs[0], value), va="bottom", fontsize=8, color=colour)
-        ax.axhline(1, color="#16a34a", lw=1)
-        ax.annotate("dense batch of the base", (xs[0], 1), va="bottom", fontsize=8, color="#16a34a")
+            ax.axhline(value, color=colour, lw=1.2, label=f"{line['name']}: {value:.2f}")
+        ax.axhline(1, color="#16a34a", lw=1.2, label="dense batch of the base: 1")
         ax.set_xticks(xs)
-    ax.set(xlabel="deltas that act in a batch of 8", ylabel="time, dense batch = 1", ylim=(0, None))
+    ax.set(xlabel="deltas that act in a batch of 8", ylabel="time, dense batch = 1", yscale="log", ylim=(0.8, None))
+    ax.set_yticks([1, 2, 5, 10], labels=["1", "2", "5", "10"])
+    ax.legend(fontsize=8, frameon=False, loc="center right")
     _plain(ax)
     return figure
 

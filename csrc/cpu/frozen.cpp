@@ -113,21 +113,22 @@ Tensor frozen_conv2d_backward(
     const Tensor patches = product(rows, weight.flatten(1), std::nullopt, full).transpose(1, 2);
     return at::col2im(patches, size, weight.sizes().slice(2), dilation, padding, stride).to(type);
   }
-  std::vector<int64_t> extra(2);  // what the forward's floor division of the size dropped at the far edge
-  for (int i = 0; i < 2; ++i) {
-    const int64_t reach = dilation[i] * (weight.size(i + 2) - 1) + 1;
-    extra[i] = size[i] - ((dy.size(i + 2) - 1) * stride[i] - 2 * padding[i] + reach);
-  }
+  const auto dx_of = [&](const Tensor& part, const Tensor& kernel) {
+    // Of x only the shape and layout are read. A transposed convolution says the same, but torch takes a slow path for one
+    // with few numbers in dy, such as the last of a UNet.
+    const Tensor x = at::empty({dy.size(0), weight.size(1), size[0], size[1]}, part.options(), part.suggest_memory_format());
+    return std::get<0>(at::convolution_backward(part, x, kernel, std::nullopt, stride, padding, dilation, false, {0, 0}, 1,
+                                                {true, false, false}));
+  };
   if (!widens(type)) {
-    return at::conv_transpose2d(typed, weight, {}, stride, padding, extra, 1, dilation);
+    return dx_of(typed, weight);
   }
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const Tensor wide_dy = dy.to(at::kFloat);
   Tensor dx;
   int64_t first = 0;
   for (const Tensor& tile : tiles(weight)) {
-    const Tensor part = at::conv_transpose2d(wide_dy.slice(1, first, first + tile.size(0)), tile.to(at::kFloat), {}, stride,
-                                             padding, extra, 1, dilation);
+    const Tensor part = dx_of(wide_dy.slice(1, first, first + tile.size(0)), tile.to(at::kFloat));
     dx = dx.defined() ? dx.add_(part) : part;
     first += tile.size(0);
   }

@@ -95,9 +95,12 @@ def bench(config: BenchConfig) -> str:
         own = str(checkout / "benchmarks" / "configs" / _QUICK_CONFIG)
         config = replace(config, config=own, latents=_QUICK_LATENTS, rounds=_QUICK_ROUNDS)
     sys.path.insert(0, str(checkout))
-    runner = importlib.import_module("benchmarks.runner")
+    runner, machine = (importlib.import_module(f"benchmarks.{name}") for name in ("runner", "machine"))
+    dtype = runner.DTYPES[config.dtype]
+    machine.measure(dtype)
     timings = importlib.import_module(f"benchmarks.{config.level}").run(config)
+    machine.measure(dtype)  # again, since a shared machine may have been busy before
     if config.output:
         about = {key: value for key, value in asdict(config).items() if key not in ("output", "rounds", "config")}
         runner.write_lines(Path(config.output), timings, **about)
-    return runner.table(timings, runner.DTYPES[config.dtype])
+    return runner.table(timings, dtype)
