@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-RELATIVE = 0.075
+RELATIVE = 0.06
 ABSOLUTE = 20e-6
 _CONTROL = "A/A control"
 _SETTINGS = ("level", "subject", "dtype", "model", "latents", "batch", "one_dim", "rank", "lora_rank")

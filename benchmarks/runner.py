@@ -182,17 +182,18 @@ def table(timings: list[Timing], dtype: torch.dtype) -> str:
     peak = machine.peak(dtype)
     counted = any(timing.flop for timing in timings)
     weighed = any(timing.peak_bytes for timing in timings)
+    width = max((len(name) for t in timings for name in (t.subject, t.name)), default=0) + 2
     lines: list[str] = []
     for i, timing in enumerate(timings):
         if i == 0 or timing.subject != timings[i - 1].subject:
-            head = f"{timing.subject:36}{'ms':>10}{'times ours':>12}{'p20-p80':>14}"
+            head = f"{timing.subject:{width}}{'ms':>10}{'times ours':>12}{'p20-p80':>14}"
             head += f"{'TFLOP/s':>10}{'of roofline':>13}" if counted else ""
             lines += ["", head + (f"{'peak GB':>10}" if weighed else "")]
         if timing.failure:
-            lines.append(f"{timing.name:36}  failed: {timing.failure}")
+            lines.append(f"{timing.name:{width}}failed: {timing.failure}")
             continue
         spread = f"{timing.ratio_p20:.2f}-{timing.ratio_p80:.2f}"
-        row = f"{timing.name:36}{1e3 * timing.p50:10.2f}{timing.ratio_p50:12.2f}{spread:>14}"
+        row = f"{timing.name:{width}}{1e3 * timing.p50:10.2f}{timing.ratio_p50:12.2f}{spread:>14}"
         if reached := achieved(timing, peak):
             row += f"{reached['tflop_per_s']:10.3f}{reached['of_roofline']:13.0%}"
         lines.append(row + (f"{timing.peak_bytes / 1e9:10.2f}" if timing.peak_bytes else ""))
