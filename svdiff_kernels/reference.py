@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input
 
 from .ops import columns_dense, is_half, library, memory_format_of
 
@@ -90,12 +91,8 @@ def frozen_conv2d_backward(
     dilation: Sequence[int],
 ) -> Tensor:
     """Gradient of `frozen_conv2d`, ``[B, C_in, *size]``."""
-    # What the forward's floor division of the size dropped at the far edge.
-    extra = [
-        n - ((m - 1) * s - 2 * p + d * (k - 1) + 1)
-        for n, m, s, p, d, k in zip(size, dy.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True)
-    ]
-    dx = F.conv_transpose2d(dy.to(weight.dtype), weight, None, stride, padding, extra, 1, dilation)
+    shape = (dy.shape[0], weight.shape[1], *size)
+    dx = conv2d_input(shape, weight, dy.to(weight.dtype), tuple(stride), tuple(padding), tuple(dilation))
     return dx.contiguous(memory_format=memory_format_of(dy))
 
 

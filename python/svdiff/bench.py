@@ -32,6 +32,8 @@ _LEVELS: dict[Level, str] = {
 }
 _OF_A_UNET = ("unet", "block", "infer", "memory", "start", "levers")
 _QUICK_CONFIG, _QUICK_LATENTS, _QUICK_ROUNDS = "quick_unet.json", 16, 40
+# Not the naive one: it takes half of the time, and its own noise would make the comparison uncertain.
+_QUICK_RIVALS = ("lora", "frozen")
 
 
 @dataclass
@@ -60,7 +62,7 @@ class BenchConfig:
     rounds: int = field(default=7, metadata={"help": "steps counted of each contender"})
     quick: bool = field(
         default=False,
-        metadata={"help": "unet: a smaller one and more rounds, to see within 3 minutes what a change did"},
+        metadata={"help": "unet: a small one, with latents, rounds and rivals of its own: what did a change do?"},
     )
     handicap: float = field(
         default=0.0, metadata={"help": "unet: slow our own step down by this share, to see whether compare.py notices"}
@@ -93,7 +95,7 @@ def bench(config: BenchConfig) -> str:
         raise SVDiffError("the benchmarks are not part of the wheel: run this from a checkout of the repository")
     if config.quick:
         own = str(checkout / "benchmarks" / "configs" / _QUICK_CONFIG)
-        config = replace(config, config=own, latents=_QUICK_LATENTS, rounds=_QUICK_ROUNDS)
+        config = replace(config, config=own, latents=_QUICK_LATENTS, rounds=_QUICK_ROUNDS, rivals=list(_QUICK_RIVALS))
     sys.path.insert(0, str(checkout))
     runner, machine = (importlib.import_module(f"benchmarks.{name}") for name in ("runner", "machine"))
     dtype = runner.DTYPES[config.dtype]

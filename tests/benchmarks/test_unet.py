@@ -108,6 +108,15 @@ def test_inference_is_measured_against_a_dense_batch(tiny_config: str, tmp_path:
     assert {runner.DENSE, infer.REBUILT, "lora r=4, mixed batch", *map(infer.ours, infer.COUNTS)} <= names
 
 
+def test_quick_brings_settings_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[BenchConfig] = []
+    monkeypatch.setattr("benchmarks.unet.run", lambda config: seen.append(config) or [])
+    bench(BenchConfig("unet", quick=True, latents=64, rounds=1))
+    (config,) = seen
+    assert (config.latents, config.rounds, config.rivals) == (16, 40, ["lora", "frozen"])
+    assert config.config is not None and Path(config.config).is_file()
+
+
 def test_a_planted_slowdown_is_a_regression(tiny_config: str, tmp_path: Path) -> None:
     files = [tmp_path / "results" / name for name in ("plain.jsonl", "slow.jsonl")]
     for file, handicap in zip(files, (0.0, 1.0), strict=True):
