@@ -29,7 +29,7 @@ def test_a_slower_machine_is_no_regression(tmp_path: Path, capsys: pytest.Captur
     assert "0 of 1 regressed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("share", "code"), [(0.15, 1), (0.06, 0), (-0.15, 0)])
+@pytest.mark.parametrize(("share", "code"), [(0.15, 1), (0.05, 0), (-0.15, 0)])
 def test_a_slowdown_beyond_the_threshold_is_one(tmp_path: Path, share: float, code: int) -> None:
     a, b = write(tmp_path / "a", 1.0), write(tmp_path / "b", 1.0 + share, machine=0.5)
     assert compare.main([str(a), str(b)]) == code
