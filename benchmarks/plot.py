@@ -109,6 +109,7 @@ def roofline(subjects: list[Subject]) -> Any:
 def cost_rule(subjects: list[Subject]) -> Any:
     """Rebuilding the weight against staying factored: what the count of operations says, and what was measured."""
     figure, ax = plt.subplots(figsize=(5.6, 5.2), layout="constrained")
+    layers = right = 0
     for kind, colour in (("linear", OURS), ("conv", "#2563eb")):
         points = []
         for lines in subjects:
@@ -118,6 +119,9 @@ def cost_rule(subjects: list[Subject]) -> Any:
                 points.append((counted, named[runner.BROADCAST]["ratio_p50"]))
         if points:
             ax.scatter(*zip(*points, strict=True), s=16, color=colour, alpha=0.8, lw=0, label=kind)
+        layers += len(points)
+        right += sum((counted < 1) == (measured < 1) for counted, measured in points)
+    ax.set_title(f"{right} of {layers} layers lie on the side of 1 that the count says")
     limits = [min(*ax.get_xlim(), *ax.get_ylim(), 0.8), max(*ax.get_xlim(), *ax.get_ylim())]
     limits[0] = max(limits[0], 0.4)
     ax.plot(limits, limits, color="black", lw=0.8)

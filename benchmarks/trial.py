@@ -23,7 +23,7 @@ def main() -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(description="How often is compare.py wrong?")
     parser.add_argument("folder", type=Path, help="of result files; those that are missing are measured")
-    parser.add_argument("--runs", type=int, default=14, help="on one commit; default %(default)s")
+    parser.add_argument("--runs", type=int, default=20, help="on one commit; default %(default)s")
     parser.add_argument("--planted", type=int, default=4, help="with a slowdown; default %(default)s")
     options = parser.parse_args()
     plain = [_run(options.folder / f"plain_{i:02}.jsonl", 0.0) for i in range(options.runs)]
