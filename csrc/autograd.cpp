@@ -14,15 +14,24 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
 
+at::ScalarType type_of_x(AutogradContext* ctx) {
+  return static_cast<at::ScalarType>(ctx->saved_data["type"].toInt());
+}
+
 struct Expand : Function<Expand> {
   static Tensor forward(
-      AutogradContext* ctx, const Tensor& z, const Tensor& U, const Tensor& scale, const OptionalTensor& bias) {
+      AutogradContext* ctx,
+      const Tensor& z,
+      const Tensor& U,
+      const Tensor& scale,
+      const OptionalTensor& bias,
+      OptionalType dtype) {
     check_frozen(U, "svdiff::expand: U");
     // z is wanted for dscale alone, and it is the only tensor of activation size that is kept.
     ctx->save_for_backward({U, scale, scale.requires_grad() ? z : Tensor()});
     ctx->saved_data["need_dbias"] = bias && bias->requires_grad();
     const at::AutoDispatchBelowADInplaceOrView below;
-    return call::expand(z, U, scale, bias);
+    return call::expand(z, U, scale, bias, dtype);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -36,22 +45,23 @@ struct Expand : Function<Expand> {
     if (ctx->saved_data["need_dbias"].toBool()) {
       dbias = grads[0].flatten(0, -2).sum(0);
     }
-    return {need_dz ? dz : Tensor(), Tensor(), need_dscale ? dscale : Tensor(), dbias};
+    return {need_dz ? dz : Tensor(), Tensor(), need_dscale ? dscale : Tensor(), dbias, Tensor()};
   }
 };
 
 struct FrozenLinear : Function<FrozenLinear> {
   static Tensor forward(
-      AutogradContext* ctx, const Tensor& x, const Tensor& weight, const OptionalTensor& bias, bool wide) {
+      AutogradContext* ctx, const Tensor& x, const Tensor& weight, const OptionalTensor& bias, OptionalType dtype) {
     check_frozen(weight, "svdiff::frozen_linear: weight");
     ctx->save_for_backward({weight});
+    ctx->saved_data["type"] = static_cast<int64_t>(x.scalar_type());
     const at::AutoDispatchBelowADInplaceOrView below;
-    return call::frozen_linear(x, weight, bias, wide);
+    return call::frozen_linear(x, weight, bias, dtype);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const Tensor weight = ctx->get_saved_variables()[0];
-    return {call::frozen_linear(grads[0].to(weight.scalar_type()), weight.t(), std::nullopt, false), {}, {}, {}};
+    return {call::frozen_linear(grads[0].to(type_of_x(ctx)), weight.t(), std::nullopt, std::nullopt), {}, {}, {}};
   }
 };
 
@@ -64,30 +74,33 @@ struct FrozenConv2d : Function<FrozenConv2d> {
       at::IntArrayRef stride,
       at::IntArrayRef padding,
       at::IntArrayRef dilation,
-      bool wide,
+      OptionalType dtype,
       bool exact) {
     check_frozen(weight, "svdiff::frozen_conv2d: weight");
     ctx->save_for_backward({weight});
+    ctx->saved_data["type"] = static_cast<int64_t>(x.scalar_type());
     save_geometry(ctx, x, stride, padding, dilation);
     const at::AutoDispatchBelowADInplaceOrView below;
-    return call::frozen_conv2d(x, weight, bias, stride, padding, dilation, wide, exact);
+    return call::frozen_conv2d(x, weight, bias, stride, padding, dilation, dtype, exact);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    return {conv2d_dx(ctx, grads[0], ctx->get_saved_variables()[0]), {}, {}, {}, {}, {}, {}, {}};
+    return {conv2d_dx(ctx, grads[0].to(type_of_x(ctx)), ctx->get_saved_variables()[0]), {}, {}, {}, {}, {}, {}, {}};
   }
 };
 
 TORCH_LIBRARY_IMPL(svdiff, Autograd, m) {
-  m.impl("expand", [](const Tensor& z, const Tensor& U, const Tensor& scale, const OptionalTensor& bias) {
-    return Expand::apply(z, U, scale, bias);
+  m.impl("expand", [](const Tensor& z, const Tensor& U, const Tensor& scale, const OptionalTensor& bias,
+                      OptionalType dtype) {
+    return Expand::apply(z, U, scale, bias, dtype);
   });
-  m.impl("frozen_linear", [](const Tensor& x, const Tensor& weight, const OptionalTensor& bias, bool wide) {
-    return FrozenLinear::apply(x, weight, bias, wide);
+  m.impl("frozen_linear", [](const Tensor& x, const Tensor& weight, const OptionalTensor& bias, OptionalType dtype) {
+    return FrozenLinear::apply(x, weight, bias, dtype);
   });
   m.impl("frozen_conv2d", [](const Tensor& x, const Tensor& weight, const OptionalTensor& bias, at::IntArrayRef stride,
-                             at::IntArrayRef padding, at::IntArrayRef dilation, bool wide, bool exact) {
-    return FrozenConv2d::apply(x, weight, bias, stride, padding, dilation, wide, exact);
+                             at::IntArrayRef padding, at::IntArrayRef dilation, OptionalType dtype,
+                             bool exact) {
+    return FrozenConv2d::apply(x, weight, bias, stride, padding, dilation, dtype, exact);
   });
 }
 

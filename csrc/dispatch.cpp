@@ -14,9 +14,11 @@ auto op(const char* name) {
 
 namespace call {
 
-Tensor expand(const Tensor& z, const Tensor& U, const Tensor& scale, const OptionalTensor& bias) {
-  static const auto call = op<Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&)>("svdiff::expand");
-  return call.call(z, U, scale, bias);
+Tensor expand(
+    const Tensor& z, const Tensor& U, const Tensor& scale, const OptionalTensor& bias, OptionalType dtype) {
+  static const auto call = op<Tensor(
+      const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, OptionalType)>("svdiff::expand");
+  return call.call(z, U, scale, bias, dtype);
 }
 
 std::tuple<Tensor, Tensor> expand_backward(
@@ -26,9 +28,10 @@ std::tuple<Tensor, Tensor> expand_backward(
   return call.call(dy, z, U, scale, need_dz);
 }
 
-Tensor frozen_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, bool wide) {
-  static const auto call = op<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, bool)>("svdiff::frozen_linear");
-  return call.call(x, weight, bias, wide);
+Tensor frozen_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, OptionalType dtype) {
+  static const auto call =
+      op<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, OptionalType)>("svdiff::frozen_linear");
+  return call.call(x, weight, bias, dtype);
 }
 
 Tensor frozen_conv2d(
@@ -38,12 +41,13 @@ Tensor frozen_conv2d(
     at::IntArrayRef stride,
     at::IntArrayRef padding,
     at::IntArrayRef dilation,
-    bool wide,
+    OptionalType dtype,
     bool exact) {
   static const auto call = op<Tensor(
-      const Tensor&, const Tensor&, const OptionalTensor&, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, bool, bool)>(
+      const Tensor&, const Tensor&, const OptionalTensor&, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, OptionalType,
+      bool)>(
       "svdiff::frozen_conv2d");
-  return call.call(x, weight, bias, stride, padding, dilation, wide, exact);
+  return call.call(x, weight, bias, stride, padding, dilation, dtype, exact);
 }
 
 Tensor frozen_conv2d_backward(

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
 
 #include <optional>
 #include <tuple>
@@ -10,15 +11,17 @@ namespace svdiff {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+using OptionalType = std::optional<at::ScalarType>;
 
 namespace call {
 
-Tensor expand(const Tensor& z, const Tensor& U, const Tensor& scale, const OptionalTensor& bias);
+Tensor expand(
+    const Tensor& z, const Tensor& U, const Tensor& scale, const OptionalTensor& bias, OptionalType dtype);
 
 std::tuple<Tensor, Tensor> expand_backward(
     const Tensor& dy, const OptionalTensor& z, const Tensor& U, const Tensor& scale, bool need_dz);
 
-Tensor frozen_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, bool wide);
+Tensor frozen_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, OptionalType dtype);
 
 Tensor frozen_conv2d(
     const Tensor& x,
@@ -27,7 +30,7 @@ Tensor frozen_conv2d(
     at::IntArrayRef stride,
     at::IntArrayRef padding,
     at::IntArrayRef dilation,
-    bool wide,
+    OptionalType dtype,
     bool exact);
 
 Tensor frozen_conv2d_backward(

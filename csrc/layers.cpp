@@ -47,9 +47,9 @@ struct ScaledLinear : Function<ScaledLinear> {
     check_frozen(Vh, "svdiff::scaled_linear: Vh");
     const bool trained = scale.requires_grad();
     const at::AutoDispatchBelowADInplaceOrView below;
-    const Tensor z = is_half(x) ? call::frozen_linear(x, Vh, std::nullopt, false) : at::linear(x, Vh);
+    const Tensor z = is_half(x) ? call::frozen_linear(x, Vh, std::nullopt, Vh.scalar_type()) : at::linear(x, Vh);
     ctx->save_for_backward({U, scale, Vh, trained ? z : Tensor()});
-    return call::expand(z, U, as_rows(scale), bias);
+    return call::expand(z, U, as_rows(scale), bias, x.scalar_type());
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -60,7 +60,7 @@ struct ScaledLinear : Function<ScaledLinear> {
     const auto [dz, dscale] = call::expand_backward(grads[0], z, U, as_rows(scale), need_dx);
     Tensor dx;
     if (need_dx) {
-      dx = is_half(Vh) ? call::frozen_linear(dz, Vh.t(), std::nullopt, false) : at::matmul(dz, Vh);
+      dx = is_half(Vh) ? call::frozen_linear(dz, Vh.t(), std::nullopt, std::nullopt) : at::matmul(dz, Vh);
     }
     return {dx, {}, need_dscale ? dscale.view_as(scale) : Tensor(), {}, {}};
   }
@@ -82,10 +82,10 @@ struct ScaledConv2d : Function<ScaledConv2d> {
     const bool trained = scale.requires_grad();
     save_geometry(ctx, x, stride, padding, dilation);
     const at::AutoDispatchBelowADInplaceOrView below;
-    const Tensor image = call::frozen_conv2d(x, Vh, std::nullopt, stride, padding, dilation, false, false);
+    const Tensor image = call::frozen_conv2d(x, Vh, std::nullopt, stride, padding, dilation, Vh.scalar_type(), false);
     const Tensor z = as_rows_of_pixels(image);
     ctx->save_for_backward({U, scale, Vh, trained ? z : Tensor()});
-    return as_image(call::expand(z, U, as_rows(scale), bias), image);
+    return as_image(call::expand(z, U, as_rows(scale), bias, x.scalar_type()), image);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {

@@ -3,15 +3,22 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
 
 #include <optional>
 #include <tuple>
 
 namespace svdiff {
 
+// Wherever a dtype may be given for the result, it is otherwise that of the first argument.
+
 // y [*, M] = (z * scale[sample]) @ U.T + bias, for z [*, r], U [M, r], scale [S, r], bias [M].
 at::Tensor expand(
-    const at::Tensor& z, const at::Tensor& U, const at::Tensor& scale, const std::optional<at::Tensor>& bias);
+    const at::Tensor& z,
+    const at::Tensor& U,
+    const at::Tensor& scale,
+    const std::optional<at::Tensor>& bias,
+    std::optional<at::ScalarType> dtype = std::nullopt);
 
 // (dz, dscale) for dy [*, M]; dz is empty unless need_dz, dscale is empty unless z is given.
 std::tuple<at::Tensor, at::Tensor> expand_backward(
@@ -21,11 +28,14 @@ std::tuple<at::Tensor, at::Tensor> expand_backward(
     const at::Tensor& scale,
     bool need_dz);
 
-// y [*, M] = x [*, N] @ weight.T + bias; in fp32 if wide. Its backward is itself, with the transposed weight.
+// y [*, M] = x [*, N] @ weight.T + bias. Its backward is itself, with the transposed weight.
 at::Tensor frozen_linear(
-    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, bool wide);
+    const at::Tensor& x,
+    const at::Tensor& weight,
+    const std::optional<at::Tensor>& bias,
+    std::optional<at::ScalarType> dtype = std::nullopt);
 
-// The convolution of x [B, C_in, H, W] with weight [C_out, C_in, kh, kw]; in fp32 if wide, as torch sums it if exact.
+// The convolution of x [B, C_in, H, W] with weight [C_out, C_in, kh, kw]; as torch sums it if exact.
 at::Tensor frozen_conv2d(
     const at::Tensor& x,
     const at::Tensor& weight,
@@ -33,10 +43,10 @@ at::Tensor frozen_conv2d(
     at::IntArrayRef stride,
     at::IntArrayRef padding,
     at::IntArrayRef dilation,
-    bool wide,
-    bool exact);
+    std::optional<at::ScalarType> dtype = std::nullopt,
+    bool exact = false);
 
-// dx [B, C_in, *size] for dy [B, C_out, H', W'], in the dtype of the weight.
+// dx [B, C_in, *size] for dy [B, C_out, H', W'], in the dtype of dy.
 at::Tensor frozen_conv2d_backward(
     const at::Tensor& dy,
     const at::Tensor& weight,

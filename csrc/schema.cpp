@@ -3,12 +3,12 @@
 #include <torch/library.h>
 
 TORCH_LIBRARY(svdiff, m) {
-  m.def("expand(Tensor z, Tensor U, Tensor scale, Tensor? bias) -> Tensor");
+  m.def("expand(Tensor z, Tensor U, Tensor scale, Tensor? bias, ScalarType? dtype) -> Tensor");
   m.def("expand_backward(Tensor dy, Tensor? z, Tensor U, Tensor scale, bool need_dz) -> (Tensor, Tensor)");
-  m.def("frozen_linear(Tensor x, Tensor weight, Tensor? bias, bool wide) -> Tensor");
+  m.def("frozen_linear(Tensor x, Tensor weight, Tensor? bias, ScalarType? dtype) -> Tensor");
   m.def(
-      "frozen_conv2d(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, bool wide, "
-      "bool exact) -> Tensor");
+      "frozen_conv2d(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, "
+      "ScalarType? dtype, bool exact) -> Tensor");
   m.def(
       "frozen_conv2d_backward(Tensor dy, Tensor weight, SymInt[2] size, int[2] stride, int[2] padding, int[2] dilation) "
       "-> Tensor");

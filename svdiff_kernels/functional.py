@@ -7,12 +7,14 @@ computes for a whole model at once.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends
-from .ops import expand, frozen_conv2d, frozen_linear, is_half
+from .ops import expand, expand_backward, frozen_conv2d, frozen_conv2d_backward, frozen_linear, is_half
 
 IntPair = int | tuple[int, ...]
 
@@ -42,7 +44,7 @@ def spectral_linear(
 
     Args:
         x: ``[*, N]``.
-        U: ``[M, r]``, frozen, in x's dtype.
+        U: ``[M, r]``, frozen, in x's dtype; with x in bf16 both factors may be in fp16, which is eight times finer.
         sigma: ``[r]``, fp32.
         Vh: ``[r, N]``, frozen, in x's dtype.
         delta: ``[r]``, fp32; or ``[S, r]`` for S samples, which split x's first dimension evenly.
@@ -149,13 +151,17 @@ def scaled_linear(
     if weight is None and _in_one_call(bias):
         return torch.ops.svdiff.scaled_linear.default(x, U, gain, Vh, bias)
     half = is_half(x.dtype)
-    z = frozen_linear(x, Vh) if half else F.linear(x, Vh)  # torch's own keeps no x either, but sums slowly in half
+    inner = bias if weight is None else None
+    if Vh.dtype != x.dtype:
+        y = _OfMixedTypes.apply(x, U, gain, Vh, inner, None)
+    else:
+        z = frozen_linear(x, Vh) if half else F.linear(x, Vh)  # torch's own keeps no x either, but sums slowly in half
+        y = expand(z, U, _rows(gain), inner)
     if weight is None:
-        return expand(z, U, _rows(gain), bias)
-    correction = expand(z, U, _rows(gain))
+        return y
     if half:
-        return (frozen_linear(x, weight, bias, wide=True) + correction).to(x.dtype)
-    return F.linear(x, weight, bias).add_(correction)
+        return (frozen_linear(x, weight, bias, dtype=torch.float32) + y).to(x.dtype)
+    return F.linear(x, weight, bias).add_(y)
 
 
 def scaled_conv2d(
@@ -181,15 +187,60 @@ def scaled_conv2d(
     x, padding = _resolve_padding(x, padding, dilation, Vh)
     if weight is None and _in_one_call(bias):
         return torch.ops.svdiff.scaled_conv2d.default(x, U, gain, Vh, bias, stride, padding, dilation)
-    z = frozen_conv2d(x, Vh, None, stride, padding, dilation)
-    # [B, r, H', W'] -> [B, P, r]: a view in either memory format, which expand keeps.
-    y = expand(z.flatten(2).transpose(1, 2), U, _rows(gain), bias if weight is None else None)
-    y = y.transpose(1, 2).unflatten(2, z.shape[2:])
+    inner = bias if weight is None else None
+    if Vh.dtype != x.dtype:
+        y = _OfMixedTypes.apply(x, U, gain, Vh, inner, (stride, padding, dilation))
+    else:
+        z = frozen_conv2d(x, Vh, None, stride, padding, dilation)
+        y = _as_image(expand(_as_rows_of_pixels(z), U, _rows(gain), inner), z.shape[2:])
     if weight is None:
         return y
     if is_half(x.dtype):
-        return (frozen_conv2d(x, weight, bias, stride, padding, dilation, wide=True) + y).to(x.dtype)
+        return (frozen_conv2d(x, weight, bias, stride, padding, dilation, dtype=torch.float32) + y).to(x.dtype)
     return frozen_conv2d(x, weight, bias, stride, padding, dilation, exact=True).add_(y)
+
+
+class _OfMixedTypes(torch.autograd.Function):
+    """`scaled_linear`, or with a geometry `scaled_conv2d`, for x in bf16 and factors in fp16.
+
+    In one node: between two, autograd would hand dz on in z's type, and a gradient may be too small for fp16.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        U: Tensor,
+        gain: Tensor,
+        Vh: Tensor,
+        bias: Tensor | None,
+        geometry: tuple[tuple[int, int], ...] | None,
+    ) -> Tensor:
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
+            raise ValueError("svdiff: U or Vh requires grad, but the factors of a spectral layer are frozen")
+        ctx.geometry, ctx.size = geometry, x.shape[2:]
+        if geometry is None:
+            z = frozen_linear(x, Vh, dtype=Vh.dtype)
+            ctx.save_for_backward(z, U, gain, Vh)
+            return expand(z, U, _rows(gain), bias, dtype=x.dtype)
+        image = frozen_conv2d(x, Vh, None, *geometry, dtype=Vh.dtype)
+        z = _as_rows_of_pixels(image)
+        ctx.save_for_backward(z, U, gain, Vh)
+        return _as_image(expand(z, U, _rows(gain), bias, dtype=x.dtype), image.shape[2:])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        z, U, gain, Vh = ctx.saved_tensors
+        need_dx, _, need_dgain, _, need_dbias, _ = ctx.needs_input_grad
+        rows = dy if ctx.geometry is None else _as_rows_of_pixels(dy)
+        dz, dgain = expand_backward(rows, z if need_dgain else None, U, _rows(gain), need_dx)
+        dx = None
+        if need_dx and ctx.geometry is None:
+            dx = frozen_linear(dz, Vh.T)
+        elif need_dx:
+            dx = frozen_conv2d_backward(_as_image(dz, dy.shape[2:]), Vh, ctx.size, *ctx.geometry)
+        dbias = rows.flatten(0, -2).sum(0) if need_dbias else None
+        return dx, None, dgain.view_as(gain) if need_dgain else None, None, dbias, None
 
 
 def scaled_embedding(
@@ -265,6 +316,15 @@ def _in_one_call(bias: Tensor | None) -> bool:
     if backends.extension is None or torch.compiler.is_compiling():
         return False
     return bias is None or not bias.requires_grad
+
+
+def _as_rows_of_pixels(image: Tensor) -> Tensor:
+    """``[B, C, H, W]`` as ``[B, H * W, C]``: a view in either memory format, which `expand` keeps."""
+    return image.flatten(2).transpose(1, 2)
+
+
+def _as_image(rows: Tensor, size: torch.Size) -> Tensor:
+    return rows.transpose(1, 2).unflatten(2, size)
 
 
 def _rows(gain: Tensor) -> Tensor:

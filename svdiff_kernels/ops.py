@@ -19,14 +19,14 @@ from torch import Tensor
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 library = torch.library.Library("svdiff", "DEF")
-library.define("expand(Tensor z, Tensor U, Tensor scale, Tensor? bias) -> Tensor", tags=_TAGS)
+library.define("expand(Tensor z, Tensor U, Tensor scale, Tensor? bias, ScalarType? dtype) -> Tensor", tags=_TAGS)
 library.define(
     "expand_backward(Tensor dy, Tensor? z, Tensor U, Tensor scale, bool need_dz) -> (Tensor, Tensor)", tags=_TAGS
 )
-library.define("frozen_linear(Tensor x, Tensor weight, Tensor? bias, bool wide) -> Tensor", tags=_TAGS)
+library.define("frozen_linear(Tensor x, Tensor weight, Tensor? bias, ScalarType? dtype) -> Tensor", tags=_TAGS)
 library.define(
     "frozen_conv2d(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, "
-    "bool wide, bool exact) -> Tensor",
+    "ScalarType? dtype, bool exact) -> Tensor",
     tags=_TAGS,
 )
 library.define(
@@ -36,7 +36,9 @@ library.define(
 )
 
 
-def expand(z: Tensor, U: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+def expand(
+    z: Tensor, U: Tensor, scale: Tensor, bias: Tensor | None = None, *, dtype: torch.dtype | None = None
+) -> Tensor:
     """``y = (z * scale[sample]) @ U.T + bias``: scale projected rows, and expand them to the output's width.
 
     The middle of SVDiff's ``y = U (scale * (Vh x)) + b`` (Han et al. 2023, eq. 2) once ``z = Vh x`` is there. With
@@ -48,27 +50,39 @@ def expand(z: Tensor, U: Tensor, scale: Tensor, bias: Tensor | None = None) -> T
         U: ``[M, r]``, frozen, in z's dtype, any strides.
         scale: ``[S, r]``, fp32 (fp64 with z in fp64), one row for each of S samples. They split z's first dimension
             evenly, in order; with S = 1 all rows share one scale.
-        bias: ``[M]`` in z's dtype, or None.
+        bias: ``[M]``, or None.
+        dtype: of the result; z's if not given. A bf16 model may keep U and z in fp16 and still wants y in bf16.
 
     Returns:
-        ``[*, M]`` in z's dtype. All sums accumulate in fp32 or wider.
+        ``[*, M]``. All sums accumulate in fp32 or wider, and are rounded once. dz is in dy's dtype.
     """
-    return torch.ops.svdiff.expand.default(z, U, scale, bias)
+    return torch.ops.svdiff.expand.default(z, U, scale, bias, dtype)
 
 
-def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wide: bool = False) -> Tensor:
+def expand_backward(dy: Tensor, z: Tensor | None, U: Tensor, scale: Tensor, need_dz: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of `expand`: ``(dz, dscale)``, each empty where it is not wanted; dscale is wanted if z is given.
+
+    Args:
+        dy: ``[*, M]``, of half precision even where z and U are of another.
+        z, U, scale: as they were given to `expand`.
+        need_dz: whether dz is wanted; it is in dy's dtype.
+    """
+    return torch.ops.svdiff.expand_backward.default(dy, z, U, scale, need_dz)
+
+
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
     """``F.linear`` with a frozen weight and bias; all sums accumulate in fp32 or wider.
 
     Args:
         x: ``[*, N]``.
-        weight: ``[M, N]``, in x's dtype (or in fp32, if wide), any strides.
-        bias: ``[M]``, in x's dtype, or None.
-        wide: give an fp32 result for half-precision x, which the residual form needs to round its sum once.
+        weight: ``[M, N]``, in x's dtype or another of half precision, any strides.
+        bias: ``[M]``, or None.
+        dtype: of the result; x's if not given. fp32 is what the residual form needs to round its sum once.
 
     Returns:
-        ``[*, M]``. The gradient of x is in the weight's dtype.
+        ``[*, M]``. The gradient of x is in x's dtype.
     """
-    return torch.ops.svdiff.frozen_linear.default(x, weight, bias, wide)
+    return torch.ops.svdiff.frozen_linear.default(x, weight, bias, dtype)
 
 
 def frozen_conv2d(
@@ -79,23 +93,35 @@ def frozen_conv2d(
     padding: Sequence[int],
     dilation: Sequence[int],
     *,
-    wide: bool = False,
+    dtype: torch.dtype | None = None,
     exact: bool = False,
 ) -> Tensor:
     """``F.conv2d`` with a frozen weight and bias, of one group; torch's own keeps x although no weight gradient is due.
 
     Args:
         x: ``[B, C_in, H, W]`` in either memory format, which the result has too.
-        weight: ``[C_out, C_in, kh, kw]``, in x's dtype (or in fp32, if wide).
-        bias: ``[C_out]``, in x's dtype, or None.
+        weight: ``[C_out, C_in, kh, kw]``, in x's dtype or another of half precision.
+        bias: ``[C_out]``, or None.
         stride, padding, dilation: pairs of numbers.
-        wide: see `frozen_linear`.
+        dtype: see `frozen_linear`.
         exact: sum in torch's order, so that full precision gives the same bits as ``F.conv2d``.
 
     Returns:
-        ``[B, C_out, H', W']``. The gradient of x is in the weight's dtype.
+        ``[B, C_out, H', W']``. The gradient of x is in x's dtype.
     """
-    return torch.ops.svdiff.frozen_conv2d.default(x, weight, bias, stride, padding, dilation, wide, exact)
+    return torch.ops.svdiff.frozen_conv2d.default(x, weight, bias, stride, padding, dilation, dtype, exact)
+
+
+def frozen_conv2d_backward(
+    dy: Tensor,
+    weight: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """Gradient of `frozen_conv2d`: ``dx [B, C_in, *size]`` in dy's dtype, for dy ``[B, C_out, H', W']``."""
+    return torch.ops.svdiff.frozen_conv2d_backward.default(dy, weight, size, stride, padding, dilation)
 
 
 def columns_dense(z: Tensor) -> bool:
@@ -103,16 +129,16 @@ def columns_dense(z: Tensor) -> bool:
     return z.dim() == 3 and z.stride(1) == 1 and z.stride(2) != 1
 
 
-def empty_rows_like(z: Tensor, columns: int) -> Tensor:
+def empty_rows_like(z: Tensor, columns: int, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised ``[*, columns]`` laid out as z is: rows dense, or columns dense."""
     if columns_dense(z):
-        return z.new_empty(z.shape[0], columns, z.shape[1]).transpose(1, 2)
-    return z.new_empty(*z.shape[:-1], columns)
+        return z.new_empty(z.shape[0], columns, z.shape[1], dtype=dtype or z.dtype).transpose(1, 2)
+    return z.new_empty(*z.shape[:-1], columns, dtype=dtype or z.dtype)
 
 
 @torch.library.register_fake("svdiff::expand", lib=library)
-def _expand_fake(z: Tensor, U: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    return empty_rows_like(z, U.shape[0])
+def _expand_fake(z: Tensor, U: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+    return empty_rows_like(z, U.shape[0], dtype)
 
 
 @torch.library.register_fake("svdiff::expand_backward", lib=library)
@@ -128,13 +154,9 @@ def is_half(dtype: torch.dtype) -> bool:
     return dtype in (torch.bfloat16, torch.float16)
 
 
-def _result_dtype(x: Tensor, wide: bool) -> torch.dtype:
-    return torch.float32 if wide and is_half(x.dtype) else x.dtype
-
-
 @torch.library.register_fake("svdiff::frozen_linear", lib=library)
-def _frozen_linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, wide: bool) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=_result_dtype(x, wide))
+def _frozen_linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype or x.dtype)
 
 
 @torch.library.register_fake("svdiff::frozen_conv2d", lib=library)
@@ -145,14 +167,14 @@ def _frozen_conv2d_fake(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-    wide: bool,
-    exact: bool,
+    dtype: torch.dtype | None = None,
+    exact: bool = False,
 ) -> Tensor:
     size = [
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, k, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
     ]
-    y = x.new_empty(x.shape[0], weight.shape[0], *size, dtype=_result_dtype(x, wide))
+    y = x.new_empty(x.shape[0], weight.shape[0], *size, dtype=dtype or x.dtype)
     return y.to(memory_format=memory_format_of(x))
 
 
@@ -165,7 +187,7 @@ def _frozen_conv2d_backward_fake(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    dx = weight.new_empty(dy.shape[0], weight.shape[1], *size)
+    dx = dy.new_empty(dy.shape[0], weight.shape[1], *size)
     return dx.to(memory_format=memory_format_of(dy))
 
 
@@ -174,24 +196,24 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
     return torch.channels_last if x.stride(1) == 1 and x.shape[1] > 1 else torch.contiguous_format
 
 
-def _expand_setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], output: Tensor) -> None:
-    z, U, scale, _ = inputs
+def _expand_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    z, U, scale, *_ = inputs
     if ctx.needs_input_grad[1]:
         raise ValueError("svdiff::expand: U requires grad, but the factors of a spectral layer are frozen")
     # z is wanted for dscale alone, and it is the only tensor of activation size that is kept.
     ctx.save_for_backward(U, scale, *([z] if ctx.needs_input_grad[2] else []))
 
 
-def _expand_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None]:
-    need_dz, _, need_dscale, need_dbias = ctx.needs_input_grad
+def _expand_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    need_dz, _, need_dscale, need_dbias, _ = ctx.needs_input_grad
     U, scale, *kept = ctx.saved_tensors
     dz, dscale, dbias = None, None, None
     if need_dz or need_dscale:
         z = kept[0] if kept else None
-        dz, dscale = torch.ops.svdiff.expand_backward.default(dy, z, U, scale, need_dz)
+        dz, dscale = expand_backward(dy, z, U, scale, need_dz)
     if need_dbias:
         dbias = dy.flatten(0, -2).sum(0)
-    return dz if need_dz else None, None, dscale if need_dscale else None, dbias
+    return dz if need_dz else None, None, dscale if need_dscale else None, dbias, None
 
 
 def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -199,17 +221,18 @@ def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     if ctx.needs_input_grad[1]:
         raise ValueError("svdiff: a frozen weight requires grad")
     ctx.save_for_backward(weight)
-    ctx.geometry = x.shape[2:], *geometry[:3]
+    ctx.dtype, ctx.geometry = x.dtype, (x.shape[2:], *geometry[:3])
 
 
 def _frozen_linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     (weight,) = ctx.saved_tensors
-    return frozen_linear(dy.to(weight.dtype), weight.T), None, None, None
+    return frozen_linear(dy.to(ctx.dtype), weight.T), None, None, None
 
 
 def _frozen_conv2d_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     (weight,) = ctx.saved_tensors
-    return torch.ops.svdiff.frozen_conv2d_backward.default(dy, weight, *ctx.geometry), *(None,) * 7
+    dx = frozen_conv2d_backward(dy.to(ctx.dtype), weight, *ctx.geometry)
+    return dx, *(None,) * 7
 
 
 def register_autograd() -> None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input
 
-from .ops import columns_dense, is_half, library, memory_format_of
+from .ops import columns_dense, library, memory_format_of
 
 _TILE = 2**20
 """Most elements of a half-precision weight that are held in fp32 at a time."""
@@ -28,17 +28,20 @@ def _scaled(z: Tensor, scale: Tensor) -> Tensor:
     return (_by_sample(z, S) * scale.view(S, *(1,) * (z.dim() - 1), r)).flatten(0, 1).to(z.dtype)
 
 
-def _product(z: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``z @ W + bias``, laid out as z is."""
+def _product(z: Tensor, W: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """``z @ W + bias`` in dtype (z's if None), laid out as z is."""
+    dtype = dtype or z.dtype
+    if not z.dtype == W.dtype == dtype:  # not a vendor's product: in fp32, with one rounding
+        return _product(z.float(), W.float(), None if bias is None else bias.float()).to(dtype)
     if not columns_dense(z):
         return F.linear(z, W.T, bias)
     y = torch.bmm(W.T.expand(z.shape[0], -1, -1), z.transpose(1, 2))  # [B, columns, P]
     return (y if bias is None else y.add_(bias[:, None])).transpose(1, 2)
 
 
-def expand(z: Tensor, U: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+def expand(z: Tensor, U: Tensor, scale: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """See `ops.expand`."""
-    return _product(_scaled(z, scale), U.T, bias)
+    return _product(_scaled(z, scale), U.T, bias, dtype)
 
 
 def expand_backward(dy: Tensor, z: Tensor | None, U: Tensor, scale: Tensor, need_dz: bool) -> tuple[Tensor, Tensor]:
@@ -52,13 +55,14 @@ def expand_backward(dy: Tensor, z: Tensor | None, U: Tensor, scale: Tensor, need
     return _scaled(b, scale) if need_dz else dy.new_empty(0), dscale
 
 
-def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, wide: bool) -> Tensor:
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
     """See `ops.frozen_linear`."""
-    if not (wide and is_half(x.dtype)):
+    dtype = dtype or x.dtype
+    if x.dtype == weight.dtype == dtype:
         return F.linear(x, weight, bias)
     with torch.autocast(x.device.type, enabled=False):
         y = torch.cat([F.linear(x.float(), tile.float()) for tile in _tiles(weight)], dim=-1)
-        return y if bias is None else y.add_(bias)
+        return (y if bias is None else y.add_(bias)).to(dtype)
 
 
 def frozen_conv2d(
@@ -68,18 +72,19 @@ def frozen_conv2d(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-    wide: bool,
-    exact: bool,
+    dtype: torch.dtype | None = None,
+    exact: bool = False,
 ) -> Tensor:
     """See `ops.frozen_conv2d`."""
-    geometry = stride, padding, dilation
-    if not (wide and is_half(x.dtype)):
+    dtype, geometry = dtype or x.dtype, (stride, padding, dilation)
+    if x.dtype == weight.dtype == dtype:
         y = F.conv2d(x, weight, bias, *geometry)
     else:
         with torch.autocast(x.device.type, enabled=False):
             y = torch.cat([F.conv2d(x.float(), tile.float(), None, *geometry) for tile in _tiles(weight)], dim=1)
-            y = y if bias is None else y.add_(bias[:, None, None])
-    return y.contiguous(memory_format=memory_format_of(x))
+            y = (y if bias is None else y.add_(bias[:, None, None])).to(dtype)
+    y = y.contiguous(memory_format=memory_format_of(x))
+    return y if y.numel() else y.clone()  # torch's is a view of nothing, to which nothing can be added in place
 
 
 def frozen_conv2d_backward(
@@ -90,9 +95,9 @@ def frozen_conv2d_backward(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    """Gradient of `frozen_conv2d`, ``[B, C_in, *size]``."""
+    """Gradient of `frozen_conv2d`, ``[B, C_in, *size]`` in dy's dtype."""
     shape = (dy.shape[0], weight.shape[1], *size)
-    dx = conv2d_input(shape, weight, dy.to(weight.dtype), tuple(stride), tuple(padding), tuple(dilation))
+    dx = conv2d_input(shape, weight.to(dy.dtype), dy, tuple(stride), tuple(padding), tuple(dilation))
     return dx.contiguous(memory_format=memory_format_of(dy))
 
 

@@ -24,6 +24,7 @@ SHIFT_ERROR = {
     ("factored", torch.float32): 1e-4,
     ("factored", torch.bfloat16): 0.26,
     ("factored", torch.float16): 0.02,
+    ("factors in fp16", torch.bfloat16): 0.028,
     ("residual", torch.float32): 1e-4,
     ("residual", torch.bfloat16): 0.025,
     ("residual", torch.float16): 0.005,
@@ -32,6 +33,7 @@ NOISE = {
     ("factored", torch.float32): 1e-5,
     ("factored", torch.bfloat16): 0.0041,
     ("factored", torch.float16): 0.00051,
+    ("factors in fp16", torch.bfloat16): 0.00174,  # 0.0017 in two digits
     ("residual", torch.float32): 1e-5,
     ("residual", torch.bfloat16): 0.0029,
     ("residual", torch.float16): 0.00036,

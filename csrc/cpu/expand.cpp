@@ -204,24 +204,30 @@ void check(const Tensor& rows, int64_t columns, const Tensor& U, const Tensor& s
                     scale.sizes(), ", expected [S, ", U.size(-1), "]");
   const int64_t S = scale.size(0), first = rows.dim() == 1 ? 1 : rows.size(0);
   TORCH_CHECK_VALUE(S > 0 && first % S == 0, "svdiff::expand: ", S, " samples do not split ", first, " evenly");
-  TORCH_CHECK_VALUE(rows.scalar_type() == U.scalar_type(), "svdiff::expand: ", name, " is ", rows.scalar_type(),
-                    " but U is ", U.scalar_type());
+  TORCH_CHECK_VALUE(may_multiply(rows, U), "svdiff::expand: ", name, " is ", rows.scalar_type(), " but U is ",
+                    U.scalar_type());
 }
 
 }  // namespace
 
-Tensor expand(const Tensor& z, const Tensor& U, const Tensor& scale, const std::optional<Tensor>& bias) {
+Tensor expand(
+    const Tensor& z,
+    const Tensor& U,
+    const Tensor& scale,
+    const std::optional<Tensor>& bias,
+    std::optional<at::ScalarType> dtype) {
   check(z, U.size(-1), U, scale, "z");
   const Tensor s = as_compute(scale, z.scalar_type());
   const Tensor zd = dense(z, columns_dense(z));
-  const auto type = z.scalar_type();
+  const auto type = z.scalar_type(), out = dtype.value_or(type);
+  const bool plain = U.scalar_type() == type && out == type;  // one product in one type
   // Scaling U instead touches fewer numbers when there are more rows than outputs; in half precision its rounding would
   // cost more than it saves.
   const bool full = type == at::kFloat || type == at::kDouble;
-  if (full && s.size(0) == 1 && count_rows(z) > U.size(0)) {
+  if (full && plain && s.size(0) == 1 && count_rows(z) > U.size(0)) {
     return product(zd, at::mul(U, s).t(), bias, type);
   }
-  return product(scaled(zd, s, widens(type) ? at::kFloat : type), U.t(), bias, type);
+  return product(scaled(zd, s, plain && !widens(type) ? type : at::kFloat), U.t(), bias, out);
 }
 
 std::tuple<Tensor, Tensor> expand_backward(
@@ -230,16 +236,18 @@ std::tuple<Tensor, Tensor> expand_backward(
   const Tensor s = as_compute(scale, dy.scalar_type());
   const bool columns = columns_dense(dy);
   const auto type = dy.scalar_type();
-  const Tensor b = product(dense(dy, columns), U, std::nullopt, widens(type) ? at::kFloat : type);
-  const bool in_place = b.scalar_type() == type;
+  const bool plain = U.scalar_type() == type && (!z || z->scalar_type() == type);
+  const Tensor b = product(dense(dy, columns), U, std::nullopt, plain && !widens(type) ? type : at::kFloat);
+  const auto kept = plain ? type : b.scalar_type();  // of z and dz while they are computed
+  const bool in_place = b.scalar_type() == kept;
   Tensor dz = at::empty({0}, dy.options()), dscale = at::empty({0}, scale.options());
   if (z) {
     check(*z, U.size(1), U, scale, "z");
-    const Tensor zd = dense(*z, columns);
+    const Tensor zd = dense(z->to(kept), columns);
     const int64_t S = s.size(0), r = s.size(1);
     Tensor sums = at::empty_like(s);
     dz = in_place ? b : at::empty_like(b, dy.options());
-    dispatch_pair(b.scalar_type(), type, [&](auto from, auto to) {
+    dispatch_pair(b.scalar_type(), kept, [&](auto from, auto to) {
       using b_t = decltype(from);
       using z_t = decltype(to);
       auto* pdz = dz.data_ptr<z_t>();
@@ -255,9 +263,9 @@ std::tuple<Tensor, Tensor> expand_backward(
     });
     dscale = sums.to(scale.scalar_type());
   } else if (need_dz) {
-    dz = scaled(b, s, type, in_place);
+    dz = scaled(b, s, kept, in_place);
   }
-  return {need_dz ? dz : at::empty({0}, dy.options()), dscale};
+  return {need_dz ? dz.to(type) : at::empty({0}, dy.options()), dscale};
 }
 
 TORCH_LIBRARY_IMPL(svdiff, CPU, m) {

@@ -49,13 +49,16 @@ Tensor laid_out_as(const Tensor& y, const Tensor& x) {
 
 }  // namespace
 
-Tensor frozen_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool wide) {
+Tensor frozen_linear(
+    const Tensor& x,
+    const Tensor& weight,
+    const std::optional<Tensor>& bias,
+    std::optional<at::ScalarType> dtype) {
   TORCH_CHECK_VALUE(weight.dim() == 2 && x.dim() > 0 && x.size(-1) == weight.size(1), "svdiff::frozen_linear: x has shape ",
                     x.sizes(), ", expected [*, ", weight.size(-1), "]");
-  TORCH_CHECK_VALUE(wide || x.scalar_type() == weight.scalar_type(), "svdiff::frozen_linear: x is ", x.scalar_type(),
-                    " but weight is ", weight.scalar_type());
-  const auto out = wide && c10::isReducedFloatingType(x.scalar_type()) ? at::kFloat : x.scalar_type();
-  return product(x.contiguous(), weight.t(), bias, out);
+  TORCH_CHECK_VALUE(may_multiply(x, weight), "svdiff::frozen_linear: x is ", x.scalar_type(), " but weight is ",
+                    weight.scalar_type());
+  return product(x.contiguous(), weight.t(), bias, dtype.value_or(x.scalar_type()));
 }
 
 Tensor frozen_conv2d(
@@ -65,14 +68,14 @@ Tensor frozen_conv2d(
     IntArrayRef stride,
     IntArrayRef padding,
     IntArrayRef dilation,
-    bool wide,
+    std::optional<at::ScalarType> dtype,
     bool exact) {
   TORCH_CHECK_VALUE(x.dim() == 4 && weight.dim() == 4 && x.size(1) == weight.size(1), "svdiff::frozen_conv2d: x has shape ",
                     x.sizes(), ", expected [B, ", weight.size(1), ", H, W]");
-  TORCH_CHECK_VALUE(wide || x.scalar_type() == weight.scalar_type(), "svdiff::frozen_conv2d: x is ", x.scalar_type(),
-                    " but weight is ", weight.scalar_type());
+  TORCH_CHECK_VALUE(may_multiply(x, weight), "svdiff::frozen_conv2d: x is ", x.scalar_type(), " but weight is ",
+                    weight.scalar_type());
   const auto type = x.scalar_type();
-  const auto out = wide && c10::isReducedFloatingType(type) ? at::kFloat : type;
+  const auto out = dtype.value_or(type);
   const auto size = output_size(x, weight, stride, padding, dilation);
   if (!exact && is_few(x, size)) {
     // All images at once, so that the weight is read a single time: [1, pixels, patch], pixels dense.
@@ -82,7 +85,7 @@ Tensor frozen_conv2d(
     const Tensor y = product(rows, weight.flatten(1).t(), bias, out).transpose(1, 2);  // [1, C_out, pixels]
     return laid_out_as(y.view({-1, x.size(0), size[0], size[1]}).transpose(0, 1), x);
   }
-  if (out == type && !widens(type)) {
+  if (out == type && weight.scalar_type() == type && !widens(type)) {
     return at::conv2d(x, weight, bias, stride, padding, dilation);
   }
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
@@ -105,10 +108,9 @@ Tensor frozen_conv2d_backward(
     IntArrayRef stride,
     IntArrayRef padding,
     IntArrayRef dilation) {
-  const auto type = weight.scalar_type();
-  const Tensor typed = dy.to(type);
-  if (is_few(typed, dy.sizes().slice(2))) {
-    const Tensor rows = typed.flatten(2).transpose(1, 2).contiguous();  // [B, P, C_out]
+  const auto type = dy.scalar_type();
+  if (is_few(dy, dy.sizes().slice(2))) {
+    const Tensor rows = dy.flatten(2).transpose(1, 2).contiguous();  // [B, P, C_out]
     const auto full = c10::isReducedFloatingType(type) ? at::kFloat : type;
     const Tensor patches = product(rows, weight.flatten(1), std::nullopt, full).transpose(1, 2);
     return at::col2im(patches, size, weight.sizes().slice(2), dilation, padding, stride).to(type);
@@ -120,8 +122,8 @@ Tensor frozen_conv2d_backward(
     return std::get<0>(at::convolution_backward(part, x, kernel, std::nullopt, stride, padding, dilation, false, {0, 0}, 1,
                                                 {true, false, false}));
   };
-  if (!widens(type)) {
-    return dx_of(typed, weight);
+  if (weight.scalar_type() == type && !widens(type)) {
+    return dx_of(dy, weight);
   }
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const Tensor wide_dy = dy.to(at::kFloat);

@@ -11,11 +11,16 @@ from torch import Tensor
 
 from svdiff_kernels import backends, ops, reference
 
-Expand = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+Expand = Callable[..., Tensor]
 Backward = Callable[[Tensor, Tensor | None, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
 
+
+def served(z: Tensor, U: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.ops.svdiff.expand.default(z, U, scale, bias, dtype)
+
+
 IMPLEMENTATIONS: dict[str, tuple[Expand, Backward]] = {
-    "served": (torch.ops.svdiff.expand.default, torch.ops.svdiff.expand_backward.default),
+    "served": (served, torch.ops.svdiff.expand_backward.default),
     "reference": (reference.expand, reference.expand_backward),
 }
 implementations = pytest.mark.parametrize("which", IMPLEMENTATIONS)
@@ -74,6 +79,21 @@ def test_matches_fp64(which: str, lead: tuple[int, ...], S: int, columns: bool, 
     actual_dz, actual_dscale = backward(a["dy"], a["z"], a["U"], a["scale"], True)
     assert actual_dz.dtype == dtype and relative(actual_dz, dz) <= tolerance
     assert actual_dscale.dtype == a["scale"].dtype and relative(actual_dscale, dscale) <= tolerance
+
+
+@implementations
+@rows
+def test_a_bf16_model_may_keep_its_factors_in_fp16(which: str, lead: tuple[int, ...], S: int, columns: bool) -> None:
+    a = make(lead, S, columns, torch.float16)
+    a["bias"], a["dy"] = a["bias"].bfloat16(), a["dy"].bfloat16()
+    forward, backward = IMPLEMENTATIONS[which]
+    y, dz, dscale = truth(a)
+    actual = forward(a["z"], a["U"], a["scale"], a["bias"], torch.bfloat16)
+    assert actual.dtype == torch.bfloat16 and relative(actual, y) <= torch.finfo(torch.bfloat16).eps
+    assert ops.columns_dense(actual) == columns
+    actual_dz, actual_dscale = backward(a["dy"], a["z"], a["U"], a["scale"], True)
+    assert actual_dz.dtype == torch.bfloat16 and relative(actual_dz, dz) <= torch.finfo(torch.bfloat16).eps
+    assert relative(actual_dscale, dscale) <= torch.finfo(torch.bfloat16).eps
 
 
 @implementations
@@ -153,8 +173,8 @@ def test_opcheck(lead: tuple[int, ...], S: int, columns: bool) -> None:
     a = make(lead, S, columns, torch.float32)
     z, scale = a["z"].detach().requires_grad_(), a["scale"].requires_grad_()
     assert z.stride() == a["z"].stride()
-    torch.library.opcheck(torch.ops.svdiff.expand.default, (z, a["U"], scale, a["bias"]))
-    torch.library.opcheck(torch.ops.svdiff.expand.default, (z, a["U"], scale, None))
+    torch.library.opcheck(torch.ops.svdiff.expand.default, (z, a["U"], scale, a["bias"], None))
+    torch.library.opcheck(torch.ops.svdiff.expand.default, (z, a["U"], scale, None, None))
     plain = (a["dy"], a["z"].detach(), a["U"], a["scale"].detach())
     for need_dz in (True, False):
         torch.library.opcheck(torch.ops.svdiff.expand_backward.default, (*plain, need_dz))
@@ -183,7 +203,7 @@ def test_compiles_with_dynamic_rows() -> None:
         ({"z": torch.zeros(4, R + 1)}, "z has shape"),
         ({"scale": torch.zeros(1, R + 1)}, "scale has shape"),
         ({"scale": torch.zeros(3, R)}, "do not split"),
-        ({"z": torch.zeros(4, R).half()}, "but U is"),
+        ({"z": torch.zeros(4, R).double()}, "but U is"),
     ],
 )
 def test_bad_arguments_are_named(change: dict[str, Tensor], message: str) -> None:

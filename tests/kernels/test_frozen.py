@@ -12,8 +12,19 @@ from torch import Tensor
 
 from svdiff_kernels import backends, ops, reference
 
-DTYPES = pytest.mark.parametrize("dtype", [*EXACT, *HALF], ids=str)
-WIDE = pytest.mark.parametrize("wide", [False, True], ids=["", "wide"])
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+# Of x, of the weight, and what is asked of the result.
+types = pytest.mark.parametrize(
+    ("dtype", "weight_dtype", "out"),
+    [
+        *((dtype, dtype, None) for dtype in (*EXACT, *HALF)),
+        *((dtype, dtype, F32) for dtype in HALF),
+        (BF16, F16, F16),
+        (BF16, F16, None),
+        (F16, F16, BF16),
+    ],
+    ids=str,
+)
 # (x, weight, stride, padding, dilation): few pixels and many, a far edge that the stride drops, several images
 CONVS: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, int], tuple[int, int], tuple[int, int]]] = {
     "few pixels": ((2, 5, 6, 7), (13, 5, 3, 3), (1, 1), (1, 1), (1, 1)),
@@ -24,9 +35,9 @@ CONVS: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, int], tuple[
 convs = pytest.mark.parametrize("name", CONVS)
 
 
-def conv_arguments(name: str, dtype: torch.dtype) -> tuple[Any, ...]:
+def conv_arguments(name: str, dtype: torch.dtype, weight_dtype: torch.dtype | None = None) -> tuple[Any, ...]:
     x, weight, *geometry = CONVS[name]
-    return normal(x).to(dtype), normal(weight).to(dtype), normal(weight[:1]).to(dtype), *geometry
+    return normal(x).to(dtype), normal(weight).to(weight_dtype or dtype), normal(weight[:1]).to(dtype), *geometry
 
 
 def normal(shape: tuple[int, ...]) -> Tensor:
@@ -38,38 +49,42 @@ def bound(dtype: torch.dtype) -> float:
     return EXACT.get(dtype, torch.finfo(dtype).eps)
 
 
-@DTYPES
-@WIDE
+@types
 @pytest.mark.parametrize("lead", [(37,), (2, 5), (0,), ()], ids=str)
-def test_linear_matches_fp64(lead: tuple[int, ...], wide: bool, dtype: torch.dtype) -> None:
-    x, weight, bias = (normal(s).to(dtype) for s in ((*lead, 23), (29, 23), (29,)))
+def test_linear_matches_fp64(
+    lead: tuple[int, ...], dtype: torch.dtype, weight_dtype: torch.dtype, out: torch.dtype | None
+) -> None:
+    x, bias = (normal(s).to(dtype) for s in ((*lead, 23), (29,)))
+    weight = normal((29, 23)).to(weight_dtype)
     x.requires_grad_()
-    y = ops.frozen_linear(x, weight, bias, wide=wide)
+    y = ops.frozen_linear(x, weight, bias, dtype=out)
     dy = normal(tuple(y.shape))
     y.backward(dy.to(y.dtype))
     truth = x.detach().double().requires_grad_()
     y64 = F.linear(truth, weight.double(), bias.double())
     y64.backward(dy)
-    assert y.dtype == (torch.float32 if wide and dtype in HALF else dtype)
-    assert relative(y, y64) <= (1e-5 if wide and dtype in HALF else bound(dtype))
+    assert y.dtype == (out or dtype) and x.grad.dtype == dtype
+    assert relative(y, y64) <= bound(out or dtype)
     assert relative(x.grad, truth.grad) <= 2 * bound(dtype)
 
 
-@DTYPES
-@WIDE
+@types
 @convs
 @pytest.mark.parametrize("channels_last", [False, True], ids=["", "channels last"])
-def test_conv_matches_fp64(name: str, channels_last: bool, wide: bool, dtype: torch.dtype) -> None:
-    x, weight, bias, *geometry = conv_arguments(name, dtype)
+def test_conv_matches_fp64(
+    name: str, channels_last: bool, dtype: torch.dtype, weight_dtype: torch.dtype, out: torch.dtype | None
+) -> None:
+    x, weight, bias, *geometry = conv_arguments(name, dtype, weight_dtype)
     x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format).requires_grad_()
-    y = ops.frozen_conv2d(x, weight, bias, *geometry, wide=wide)
+    y = ops.frozen_conv2d(x, weight, bias, *geometry, dtype=out)
     assert y.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     dy = normal(tuple(y.shape))
     y.backward(dy.to(y.dtype))
     truth = x.detach().double().requires_grad_()
     y64 = F.conv2d(truth, weight.double(), bias.double(), *geometry)
     y64.backward(dy)
-    assert relative(y, y64) <= (1e-5 if wide and dtype in HALF else bound(dtype))
+    assert y.dtype == (out or dtype) and x.grad.dtype == dtype
+    assert relative(y, y64) <= bound(out or dtype)
     assert relative(x.grad, truth.grad) <= 2 * bound(dtype)
 
 
@@ -84,7 +99,7 @@ def test_exact_conv_gives_the_bits_of_torch(name: str) -> None:
 def test_what_serves_is_what_the_reference_computes(name: str, dtype: torch.dtype) -> None:
     x, weight, bias, stride, padding, dilation = conv_arguments(name, dtype)
     y = ops.frozen_conv2d(x, weight, bias, stride, padding, dilation)
-    expected = reference.frozen_conv2d(x, weight, bias, stride, padding, dilation, False, False)
+    expected = reference.frozen_conv2d(x, weight, bias, stride, padding, dilation)
     assert y.is_contiguous() and relative(y, expected) <= bound(dtype)
     dx = torch.ops.svdiff.frozen_conv2d_backward(y, weight, x.shape[2:], stride, padding, dilation)
     expected = reference.frozen_conv2d_backward(y, weight, x.shape[2:], stride, padding, dilation)
@@ -99,16 +114,15 @@ def test_gradcheck(name: str) -> None:
     )
 
 
-@WIDE
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("dtype", "weight_dtype", "out"), [(F32, F32, None), (BF16, BF16, F32), (BF16, F16, None)])
 @convs
-def test_opcheck(name: str, dtype: torch.dtype, wide: bool) -> None:
-    x, weight, bias, *geometry = conv_arguments(name, dtype)
+def test_opcheck(name: str, dtype: torch.dtype, weight_dtype: torch.dtype, out: torch.dtype | None) -> None:
+    x, weight, bias, *geometry = conv_arguments(name, dtype, weight_dtype)
     for inputs in (x, x.contiguous(memory_format=torch.channels_last)):
-        arguments = (inputs.detach().requires_grad_(), weight, bias, *geometry, wide, False)
+        arguments = (inputs.detach().requires_grad_(), weight, bias, *geometry, out, False)
         torch.library.opcheck(torch.ops.svdiff.frozen_conv2d.default, arguments)
     rows = torch.randn(2, 7, 5, dtype=dtype, requires_grad=True)
-    torch.library.opcheck(torch.ops.svdiff.frozen_linear.default, (rows, torch.randn(9, 5, dtype=dtype), None, wide))
+    torch.library.opcheck(torch.ops.svdiff.frozen_linear.default, (rows, normal((9, 5)).to(weight_dtype), None, out))
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
@@ -135,6 +149,6 @@ def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="x has shape"):
         ops.frozen_linear(torch.zeros(2, 4), torch.zeros(3, 5))
     with pytest.raises(ValueError, match="but weight is"):
-        ops.frozen_linear(torch.zeros(2, 5).half(), torch.zeros(3, 5))
+        ops.frozen_linear(torch.zeros(2, 5).double(), torch.zeros(3, 5))
     with pytest.raises(ValueError, match="x has shape"):
         ops.frozen_conv2d(torch.zeros(1, 4, 5, 5), torch.zeros(3, 5, 1, 1), None, (1, 1), (0, 0), (1, 1))

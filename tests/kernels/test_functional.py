@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -46,6 +48,44 @@ def test_a_bias_that_trains_gets_its_gradient() -> None:
     bias = layer.bias.clone().requires_grad_()
     spectral_linear(x, factors.U, factors.sigma, factors.Vh, delta, bias).backward(layer.dy)
     torch.testing.assert_close(bias.grad, layer.dy.sum(0))
+
+
+def run_with_factors_in_fp16(layer: Layer, way: Callable[..., Tensor], dy_scale: float) -> dict[str, Tensor]:
+    """A bf16 layer with its factors in fp16; the gradients are of ``dy_scale * dy``, and divided by that."""
+    x = layer.x.bfloat16().requires_grad_()
+    delta = layer.delta.float().requires_grad_()
+    f = layer.factors
+    U, Vh = f.U.half(), f.Vh.half()
+    bias = None if layer.bias is None else layer.bias.bfloat16()
+    arguments = (
+        x,
+        U,
+        f.sigma.float(),
+        Vh if layer.kind == "linear" else Vh.unflatten(1, layer.weight.shape[1:]),
+        delta,
+    )
+    y = way(*arguments, bias, **layer.geometry)
+    y.backward((layer.dy * dy_scale).bfloat16())
+    return {"y": y.detach(), "d_delta": delta.grad / dy_scale, "dx": x.grad.float() / dy_scale}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("in_one_call", [False, True], ids=["in parts", "in one call"])
+@pytest.mark.parametrize("name", ["linear tokens", "linear per sample", "conv", "conv few pixels", "conv per sample"])
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_factors_in_fp16_lose_no_small_gradient(
+    name: str, in_one_call: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not in_one_call:
+        monkeypatch.setattr(functional, "_in_one_call", lambda bias: False)
+    layer = LAYERS[name]()
+    way = spectral_linear if layer.kind == "linear" else spectral_conv2d
+    run = torch.compile(way, fullgraph=True, backend="aot_eager") if compiled else way
+    for dy_scale in (1.0, 1e-12):
+        actual = run_with_factors_in_fp16(layer, run, dy_scale)
+        assert actual["y"].dtype == torch.bfloat16
+        for key, value in layer.truth(residual=False).items():
+            assert relative(actual[key], value) <= torch.finfo(torch.bfloat16).eps, (key, dy_scale)
 
 
 @forms
