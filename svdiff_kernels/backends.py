@@ -1,44 +1,114 @@
-"""Which implementation serves the ops: the C++ extension on CPUs where it was built, `reference` everywhere else.
+"""Which implementation serves the ops: the C++ extension on CPUs where it was built, Triton on GPUs, `reference` else.
 
-The environment variable ``SVDIFF_BACKEND`` overrides that: "reference" leaves the extension alone, "cpu" insists on it.
-It is read once, when svdiff_kernels is imported.
+The environment variable ``SVDIFF_BACKEND`` overrides that, and raises where its choice cannot serve: "reference" leaves
+the others alone, "cpu" insists on the extension, "triton" serves nothing but GPUs (with ``TRITON_INTERPRET=1`` also
+CPUs, slowly). It is read once, when svdiff_kernels is imported; Triton itself is imported by the first call on a GPU.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
-from . import ops, reference  # noqa: F401  (reference registers the fallback of every device)
+import torch
+from torch import Tensor
+
+from . import ops, reference  # (reference registers the fallback of every device)
 from .errors import SVDiffError
 
-CHOICES = ("auto", "reference", "cpu")
+CHOICES = ("auto", "reference", "cpu", "triton")
 
 
-def _load() -> tuple[ModuleType | None, str]:
-    """The extension and, if there is none, why."""
+def _choose() -> str:
     choice = os.environ.get("SVDIFF_BACKEND", "auto")
     if choice not in CHOICES:
         raise SVDiffError(f"SVDIFF_BACKEND={choice!r} is not one of {', '.join(CHOICES)}")
-    if choice == "reference":
+    return choice
+
+
+def _load_extension() -> tuple[ModuleType | None, str]:
+    """The extension and, if there is none, why."""
+    if _choice == "reference":
         return None, "SVDIFF_BACKEND=reference asks for plain torch"
+    if _choice == "triton":
+        return None, "SVDIFF_BACKEND=triton asks for Triton"
     try:
         return importlib.import_module("svdiff_kernels._C"), ""
     except ModuleNotFoundError:
         why = "it was not built (install a C++ compiler, then reinstall with SVDIFF_BUILD=cpu)"
     except ImportError as error:  # built against another torch, most likely
         why = f"it does not load: {error}"
-    if choice == "cpu":
+    if _choice == "cpu":
         raise SVDiffError(f"SVDIFF_BACKEND=cpu, but there is no C++ extension: {why}")
     return None, why
 
 
-extension, why_no_extension = _load()
+def _why_no_triton() -> str:
+    """Empty if Triton will serve GPUs."""
+    if _choice == "reference":
+        return "SVDIFF_BACKEND=reference asks for plain torch"
+    if importlib.util.find_spec("triton") is not None:
+        return ""
+    if _choice == "triton":
+        raise SVDiffError("SVDIFF_BACKEND=triton, but triton is not installed (pip install triton)")
+    return "triton is not installed"
+
+
+def _register_triton(key: str) -> None:
+    """Have Triton serve what it can of a dispatch key; what it cannot goes to `reference`, unless Triton is forced."""
+
+    def serve(op: str, module: str, can: Callable[..., bool]) -> None:
+        fallback = getattr(reference, op)
+
+        def launch(first: Tensor, *rest: Any) -> Any:
+            if can(first, *rest):
+                return getattr(importlib.import_module(f".triton.{module}", __package__), op)(first, *rest)
+            return fallback(first, *rest)
+
+        ops.library.impl(op, launch, key)
+
+    serve("expand", "expand", _is_for_triton)
+    serve("expand_backward", "expand", _is_for_triton)
+    serve("frozen_linear", "frozen", _is_mixed)
+
+
+def _is_for_triton(first: Tensor, *_: Any) -> bool:
+    """Does Triton have a product for it?
+
+    Raises:
+        SVDiffError: it has none, and was asked for by name.
+    """
+    able = first.dtype != torch.float64 and (first.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+    if _choice == "triton" and not able:
+        kind = str(first.dtype).removeprefix("torch.")
+        raise SVDiffError(f"SVDIFF_BACKEND=triton cannot serve {kind} on {first.device.type}")
+    return able
+
+
+def _is_mixed(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> bool:
+    """Where all types are one, the vendor's product is the best there is."""
+    return not x.dtype == weight.dtype == (dtype or x.dtype) and _is_for_triton(x)
+
+
+_choice = _choose()
+extension, why_no_extension = _load_extension()
+why_no_triton = _why_no_triton()
 if extension is None:
     ops.register_autograd()
+if not why_no_triton:
+    _register_triton("CUDA")
+    if _choice == "triton":
+        _register_triton("CPU")
 
 
 def serving(device_type: str) -> str:
-    """The name of the backend that runs the ops on this kind of device: "cpu" or "reference"."""
-    return "cpu" if device_type == "cpu" and extension is not None else "reference"
+    """The name of the backend that runs the ops on this kind of device: "cpu", "triton" or "reference"."""
+    if device_type == "cpu" and extension is not None:
+        return "cpu"
+    if not why_no_triton and (device_type == "cuda" or _choice == "triton"):
+        return "triton"
+    return "reference"

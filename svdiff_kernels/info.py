@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from importlib.metadata import version
 
 import torch
 
@@ -28,6 +29,7 @@ def info() -> dict[str, str]:
         facts["extension"] = f"built against torch {built['torch']} with {built['compiler']}, OpenMP {built['openmp']}"
         if built["torch"] != torch.__version__.split("+")[0]:
             facts["extension"] += f" (but torch {torch.__version__} is installed: reinstall svdiff-kernels)"
+    facts["triton"] = f"not used: {backends.why_no_triton}" if backends.why_no_triton else version("triton")
     facts["expand on cpu"] = backends.serving("cpu")
     facts["expand on cuda"] = backends.serving("cuda") if torch.cuda.is_available() else "no device"
     facts["factor cache"] = str(FactorCache().dir)

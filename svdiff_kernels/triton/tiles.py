@@ -1,0 +1,98 @@
+"""What the kernels share: which tile a program makes, which sizes of tiles are tried, how rows are grouped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..ops import columns_dense
+
+# (rows, columns, inner, warps, stages) of a tile for half precision; the first runs where nothing is tuned.
+_HALF = (
+    (64, 64, 128, 4, 3),
+    (128, 128, 64, 8, 3),
+    (128, 64, 64, 4, 4),
+    (64, 128, 64, 4, 4),
+    (64, 32, 128, 4, 4),
+    (32, 64, 64, 4, 4),
+    (16, 64, 64, 4, 4),
+)
+_LARGEST = (128, 256, 64, 8, 3)  # for kernels that have registers to spare
+# For fp32, whose IEEE products run on the ordinary cores: larger tiles spill registers.
+_FULL = ((32, 64, 32, 4, 3), (64, 64, 32, 8, 3), (16, 32, 64, 4, 3))
+_GROUP = 8
+LEAST_ROWS = 16
+"""Of any tile."""
+
+
+@triton.jit
+def tile_of(pid, rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, GROUP: tl.constexpr):
+    """``(image, row of tiles, column of tiles)`` of a program; GROUP rows of tiles share what they read in the L2."""
+    row_tiles, column_tiles = tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(columns, BLOCK_COLUMNS)
+    tiles = row_tiles * column_tiles
+    image, tile = pid // tiles, pid % tiles
+    first = tile // (GROUP * column_tiles) * GROUP
+    size = min(row_tiles - first, GROUP)
+    inside = tile % (GROUP * column_tiles)
+    return image.to(tl.int64), first + inside % size, inside // size
+
+
+def autotuned(
+    *key: str, rows: str, columns: str, inner: str, operand: str, largest: bool = False
+) -> Callable[[Any], Any]:
+    """Tune a product over tiles ``BLOCK_<rows>`` x ``BLOCK_<columns>``, anew for each value of the arguments in `key`.
+
+    What was found stays in Triton's cache on disk. ``SVDIFF_AUTOTUNE=0`` takes the first tile unseen, for runs that
+    must repeat to the bit; so does Triton's interpreter. `operand` names the matrix whose type tells fp32 from half
+    precision.
+    """
+    names = [f"BLOCK_{name}" for name in (rows, columns, inner)]
+
+    def configs(tiles: Sequence[tuple[int, ...]]) -> list[triton.Config]:
+        return [
+            triton.Config(
+                {**dict(zip(names, sizes, strict=False)), "GROUP": _GROUP}, num_warps=warps, num_stages=stages
+            )
+            for *sizes, warps, stages in tiles
+        ]
+
+    half_tiles, full_tiles = configs((*_HALF, _LARGEST) if largest else _HALF), configs(_FULL)
+
+    def tiles(*, full: bool) -> list[triton.Config]:
+        return full_tiles if full else half_tiles
+
+    def prune(_: list[triton.Config], arguments: Mapping[str, Any], **more: Any) -> list[triton.Config]:
+        mine = tiles(full=arguments[operand].dtype == torch.float32)
+        fixed = triton.knobs.runtime.interpret or os.environ.get("SVDIFF_AUTOTUNE") == "0"
+        return mine[:1] if fixed else mine
+
+    def tune(kernel: Any) -> Any:
+        pruning = {"early_config_prune": prune}
+        tuned = triton.autotune(half_tiles + full_tiles, list(key), prune_configs_by=pruning, cache_results=True)(
+            kernel
+        )
+        tuned.tiles = tiles
+        return tuned
+
+    return tune
+
+
+def bucket(rows: int) -> int:
+    """Row counts that share a tuned tile: up to the next power of two."""
+    return triton.next_power_of_2(rows)
+
+
+def precision() -> str:
+    """How `tl.dot` multiplies fp32: in TF32 only where torch may."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def as_images(t: Tensor, S: int) -> Tensor:
+    """``[*, n]`` as ``[B, P, n]``, in which no image has rows of two samples; a view if t is dense."""
+    return t if columns_dense(t) else t.reshape(S, -1, t.shape[-1])

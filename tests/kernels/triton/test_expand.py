@@ -1,0 +1,150 @@
+"""`svdiff::expand` in Triton, against fp64: every layout, odd shapes, every mixture of types."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from numerics import EXACT, relative
+from torch import Tensor
+
+from svdiff_kernels import ops
+from svdiff_kernels.triton.expand import expand, expand_backward
+from svdiff_kernels.triton.product import product
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+# Of z and U, and of y and dy.
+TYPES = [(F32, F32), (F16, F16), (BF16, BF16), (F16, BF16)]
+# (leading dimensions, S, columns dense)
+ROWS = [
+    ((0,), 1, False),
+    ((1,), 1, False),
+    ((131,), 1, False),
+    ((3, 29), 1, False),
+    ((6, 5), 3, False),
+    ((7,), 7, False),
+    ((2, 71), 1, True),
+    ((4, 7), 2, True),
+    ((1, 50), 1, True),
+]
+SIZES = [(70, 1), (1, 9), (29, 17), (67, 150)]  # (M, r)
+
+
+@dataclass
+class Case:
+    """Arguments of the op, and what fp64 makes of them."""
+
+    z: Tensor
+    U: Tensor
+    scale: Tensor
+    bias: Tensor
+    dy: Tensor
+
+    @classmethod
+    def make(
+        cls, lead: tuple[int, ...], S: int, columns: bool, M: int, R: int, kept: torch.dtype, out: torch.dtype
+    ) -> Case:
+        def rows(width: int, dtype: torch.dtype) -> Tensor:
+            t = torch.randn(*lead, width).to(dtype)
+            return t.transpose(1, 2).contiguous().transpose(1, 2) if columns else t
+
+        scale = torch.rand(S, R)
+        scale[:, R // 2] = 0
+        return cls(rows(R, kept), (torch.randn(M, R) * R**-0.5).to(kept), scale, torch.randn(M).to(out), rows(M, out))
+
+    def truth(self) -> tuple[Tensor, Tensor, Tensor]:
+        z, U, scale, bias, dy = (t.double() for t in (self.z, self.U, self.scale, self.bias, self.dy))
+        rows = scale.repeat_interleave(z.shape[:-1].numel() // len(scale), 0).view(z.shape)
+        b = dy @ U
+        dscale = (z * b).reshape(len(scale), -1, z.shape[-1]).sum(1)
+        return (z * rows) @ U.T + bias, rows * b, dscale
+
+    def to(self, device: str) -> Case:
+        """The same with NaN around every tensor, for a kernel to read if it reads too far."""
+        return Case(*(_in_nan(t.to(device)) for t in (self.z, self.U, self.scale, self.bias, self.dy)))
+
+
+def _in_nan(t: Tensor) -> Tensor:
+    buffer = torch.full((t.numel() + 128,), float("nan"), dtype=t.dtype, device=t.device)
+    return buffer.as_strided(t.shape, t.stride(), 64).copy_(t)
+
+
+def bound(dtype: torch.dtype) -> float:
+    """Sums are taken in fp32, so that the rounding of the scaled rows and of the result is all there is."""
+    return EXACT.get(dtype, torch.finfo(dtype).eps)
+
+
+cases = pytest.mark.parametrize(
+    ("lead", "S", "columns", "M", "R", "kept", "out"),
+    [(*row, *size, *types) for row in ROWS for size in SIZES for types in TYPES],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
+
+
+@pytest.mark.usefixtures("guarded")
+@cases
+def test_forward(lead, S, columns, M, R, kept, out, device) -> None:
+    case = Case.make(lead, S, columns, M, R, kept, out).to(device)
+    y = expand(case.z, case.U, case.scale, case.bias, out)
+    assert y.dtype == out and ops.columns_dense(y) == ops.columns_dense(case.z)
+    assert relative(y, case.truth()[0]) <= bound(out)
+    assert torch.equal(expand(case.z, case.U, case.scale, case.bias, out), y)
+
+
+@pytest.mark.usefixtures("guarded")
+@cases
+def test_backward(lead, S, columns, M, R, kept, out, device) -> None:
+    case = Case.make(lead, S, columns, M, R, kept, out).to(device)
+    _, dz, dscale = case.truth()
+    got_dz, got_dscale = expand_backward(case.dy, case.z, case.U, case.scale, True)
+    assert got_dz.dtype == out and ops.columns_dense(got_dz) == ops.columns_dense(case.dy)
+    assert relative(got_dz, dz) <= bound(out)
+    # U is rounded to dy's type where the two differ, which no single sum can average away.
+    assert relative(got_dscale, dscale) <= (1e-5 if kept == out else bound(out))
+    again = expand_backward(case.dy, case.z, case.U, case.scale, True)
+    assert torch.equal(again[0], got_dz) and torch.equal(again[1], got_dscale)
+
+
+@pytest.mark.usefixtures("guarded")
+@pytest.mark.parametrize(("kept", "out"), TYPES, ids=str)
+@pytest.mark.parametrize(("lead", "S", "columns"), ROWS[3:], ids=str)
+def test_only_what_is_wanted_is_computed(lead, S, columns, kept, out, device) -> None:
+    case = Case.make(lead, S, columns, 29, 17, kept, out).to(device)
+    dz, dscale = expand_backward(case.dy, case.z, case.U, case.scale, True)
+    only_dz, nothing = expand_backward(case.dy, None, case.U, case.scale, True)
+    assert nothing.numel() == 0 and torch.equal(only_dz, dz)
+    nothing, only_dscale = expand_backward(case.dy, case.z, case.U, case.scale, False)
+    assert nothing.numel() == 0 and torch.equal(only_dscale, dscale)
+
+
+@pytest.mark.usefixtures("guarded")
+@pytest.mark.parametrize(("kept", "out"), TYPES, ids=str)
+@pytest.mark.parametrize("splits", [2, 3, 5])
+@pytest.mark.parametrize(("lead", "S", "columns"), ROWS[1:], ids=str)
+def test_sums_may_be_split(lead, S, columns, splits, kept, out, device) -> None:
+    case = Case.make(lead, S, columns, 37, 519, kept, out).to(device)
+    images = case.z if columns else case.z.reshape(S, -1, 519)
+    y = ops.empty_rows_like(images, 37, out)
+    product(images, case.U, y, case.scale, case.bias, kept, splits)
+    assert relative(y.reshape(*lead, 37), case.truth()[0]) <= bound(out)
+
+
+@pytest.mark.usefixtures("guarded")
+@pytest.mark.parametrize(("kept", "out"), TYPES, ids=str)
+def test_any_strides(kept, out, device) -> None:
+    dense = Case.make((4, 15), 2, False, 29, 17, kept, out).to(device)
+    spread = torch.zeros(15, 34, 4, dtype=kept, device=device)[:, ::2].permute(2, 0, 1).copy_(dense.z)
+    U = dense.U.T.contiguous().T
+    scale = torch.zeros(2, 40, device=device)[:, 5:22].copy_(dense.scale)
+    assert torch.equal(
+        expand(spread, U, scale, dense.bias, out), expand(dense.z, dense.U, dense.scale, dense.bias, out)
+    )
+    dy = dense.dy[:1, :1].expand(4, 15, 29)
+    strided = expand_backward(dy, spread, U, scale, True)
+    assert all(map(torch.equal, strided, expand_backward(dy.contiguous(), dense.z, dense.U, dense.scale, True)))
+    columns = Case.make((4, 15), 2, True, 29, 17, kept, out).to(device)  # z of one layout, dy of the other
+    for dz, z in ((columns.dy, dense.z), (dense.dy, columns.z)):
+        got = expand_backward(dz, z, U, dense.scale, True)
+        want = expand_backward(dz.contiguous(), z.contiguous(), U, dense.scale, True)
+        assert all(torch.allclose(g, w, rtol=1e-5, atol=1e-5) for g, w in zip(got, want, strict=True))
