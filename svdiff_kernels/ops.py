@@ -75,7 +75,7 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dtyp
 
     Args:
         x: ``[*, N]``.
-        weight: ``[M, N]``, in x's dtype or another of half precision, any strides.
+        weight: ``[M, N]``, in any dtype but fp64, unless x is in that too; any strides.
         bias: ``[M]``, or None.
         dtype: of the result; x's if not given. fp32 is what the residual form needs to round its sum once.
 
@@ -100,7 +100,7 @@ def frozen_conv2d(
 
     Args:
         x: ``[B, C_in, H, W]`` in either memory format, which the result has too.
-        weight: ``[C_out, C_in, kh, kw]``, in x's dtype or another of half precision.
+        weight: ``[C_out, C_in, kh, kw]``, in any dtype but fp64, unless x is in that too.
         bias: ``[C_out]``, or None.
         stride, padding, dilation: pairs of numbers.
         dtype: see `frozen_linear`.

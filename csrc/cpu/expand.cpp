@@ -204,8 +204,10 @@ void check(const Tensor& rows, int64_t columns, const Tensor& U, const Tensor& s
                     scale.sizes(), ", expected [S, ", U.size(-1), "]");
   const int64_t S = scale.size(0), first = rows.dim() == 1 ? 1 : rows.size(0);
   TORCH_CHECK_VALUE(S > 0 && first % S == 0, "svdiff::expand: ", S, " samples do not split ", first, " evenly");
-  TORCH_CHECK_VALUE(may_multiply(rows, U), "svdiff::expand: ", name, " is ", rows.scalar_type(), " but U is ",
-                    U.scalar_type());
+  // Factors may be narrower than what they multiply, as for dy in another half precision; never wider.
+  const bool narrower = c10::isReducedFloatingType(U.scalar_type()) && rows.scalar_type() != at::kDouble;
+  TORCH_CHECK_VALUE(rows.scalar_type() == U.scalar_type() || narrower, "svdiff::expand: ", name, " is ",
+                    rows.scalar_type(), " but U is ", U.scalar_type());
 }
 
 }  // namespace

@@ -42,6 +42,11 @@ std::vector<Tensor> tiles(const Tensor& weight) {
   return weight.split(lines_at_a_time(weight.size(0), c10::multiply_integers(weight.sizes().slice(1))));
 }
 
+// Other types mix: under autocast, the residual form has its weight in fp32 and x and dy in half precision.
+bool both_or_neither_fp64(const Tensor& x, const Tensor& weight) {
+  return (x.scalar_type() == at::kDouble) == (weight.scalar_type() == at::kDouble);
+}
+
 Tensor laid_out_as(const Tensor& y, const Tensor& x) {
   const bool channels_last = x.stride(1) == 1 && x.size(1) > 1;
   return y.contiguous(channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
@@ -56,7 +61,7 @@ Tensor frozen_linear(
     std::optional<at::ScalarType> dtype) {
   TORCH_CHECK_VALUE(weight.dim() == 2 && x.dim() > 0 && x.size(-1) == weight.size(1), "svdiff::frozen_linear: x has shape ",
                     x.sizes(), ", expected [*, ", weight.size(-1), "]");
-  TORCH_CHECK_VALUE(may_multiply(x, weight), "svdiff::frozen_linear: x is ", x.scalar_type(), " but weight is ",
+  TORCH_CHECK_VALUE(both_or_neither_fp64(x, weight), "svdiff::frozen_linear: x is ", x.scalar_type(), " but weight is ",
                     weight.scalar_type());
   return product(x.contiguous(), weight.t(), bias, dtype.value_or(x.scalar_type()));
 }
@@ -72,7 +77,7 @@ Tensor frozen_conv2d(
     bool exact) {
   TORCH_CHECK_VALUE(x.dim() == 4 && weight.dim() == 4 && x.size(1) == weight.size(1), "svdiff::frozen_conv2d: x has shape ",
                     x.sizes(), ", expected [B, ", weight.size(1), ", H, W]");
-  TORCH_CHECK_VALUE(may_multiply(x, weight), "svdiff::frozen_conv2d: x is ", x.scalar_type(), " but weight is ",
+  TORCH_CHECK_VALUE(both_or_neither_fp64(x, weight), "svdiff::frozen_conv2d: x is ", x.scalar_type(), " but weight is ",
                     weight.scalar_type());
   const auto type = x.scalar_type();
   const auto out = dtype.value_or(type);

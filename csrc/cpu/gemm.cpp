@@ -2,7 +2,6 @@
 
 #include <ATen/ATen.h>
 #include <c10/core/DispatchKeySet.h>
-#include <c10/core/ScalarType.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
@@ -103,15 +102,6 @@ Tensor wide_product(const Tensor& t, const Tensor& W, const std::optional<Tensor
 bool widens(at::ScalarType type) {
   static const Native native = detect();
   return (type == at::kBFloat16 && !native.bf16) || (type == at::kHalf && !native.fp16);
-}
-
-bool may_multiply(const Tensor& a, const Tensor& b) {
-  const auto left = a.scalar_type(), right = b.scalar_type();
-  if (left == right) {
-    return true;
-  }
-  const bool half = c10::isReducedFloatingType(left) || c10::isReducedFloatingType(right);
-  return half && left != at::kDouble && right != at::kDouble;
 }
 
 int64_t lines_at_a_time(int64_t lines, int64_t length) {

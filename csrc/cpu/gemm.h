@@ -20,9 +20,6 @@ inline int64_t count_rows(const at::Tensor& t) {
 // instructions for it, and vendor GEMMs fall to a quarter of fp32's speed (bf16) or a hundredth (fp16).
 bool widens(at::ScalarType type);
 
-// Whether there is a product of the two: of one type, or one of them of half precision and the other not fp64.
-bool may_multiply(const at::Tensor& a, const at::Tensor& b);
-
 // How many lines of a half-precision matrix [lines, length] to hold in fp32 at a time.
 int64_t lines_at_a_time(int64_t lines, int64_t length);
 

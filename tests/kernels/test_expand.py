@@ -203,6 +203,7 @@ def test_compiles_with_dynamic_rows() -> None:
         ({"z": torch.zeros(4, R + 1)}, "z has shape"),
         ({"scale": torch.zeros(1, R + 1)}, "scale has shape"),
         ({"scale": torch.zeros(3, R)}, "do not split"),
+        ({"z": torch.zeros(4, R).half()}, "but U is"),
         ({"z": torch.zeros(4, R).double()}, "but U is"),
     ],
 )
