@@ -11,13 +11,14 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
+from functools import cache
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import ops, reference  # (reference registers the fallback of every device)
+from . import ops, reference
 from .errors import SVDiffError
 
 CHOICES = ("auto", "reference", "cpu", "triton")
@@ -64,10 +65,12 @@ def _register_triton(key: str) -> None:
     def serve(op: str, module: str, can: Callable[..., bool]) -> None:
         fallback = getattr(reference, op)
 
+        @cache
+        def launcher() -> Callable[..., Any]:
+            return getattr(importlib.import_module(f".triton.{module}", __package__), op)
+
         def launch(first: Tensor, *rest: Any) -> Any:
-            if can(first, *rest):
-                return getattr(importlib.import_module(f".triton.{module}", __package__), op)(first, *rest)
-            return fallback(first, *rest)
+            return (launcher() if can(first, *rest) else fallback)(first, *rest)
 
         ops.library.impl(op, launch, key)
 
