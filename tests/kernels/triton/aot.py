@@ -1,4 +1,4 @@
-"""Compile every kernel for GPUs that need not be there: `python aot.py` prints a JSON line for each, in any order.
+"""Compile every kernel for GPUs that need not be there: `python aot.py` prints a JSON line for each.
 
 What the test of it wants to know is in the machine code: which instructions multiply, and whether registers sufficed.
 """

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
 _SHARED = {80: 166912, 90: 232448, 100: 232448}  # bytes that a block may have
 _STACK = 64  # bytes
 _TENSOR = {80: ("mma.sync",), 90: ("wgmma.mma_async", "mma.sync"), 100: ("tcgen05.mma", "mma.sync")}
@@ -26,8 +28,6 @@ def compiled() -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
 def test_every_tile_compiles_well(compiled: list[dict[str, Any]]) -> None:
     assert len({c["variant"] for c in compiled}) == 14
     for c in compiled:
