@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
+
+from .termination import exit_on_sigterm
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 after a user's mistake, 130 after Ctrl-C, 143 if told to end."""
     argv = list(sys.argv[1:] if argv is None else argv)
     name = _command_name(argv[:1])
-    signal.signal(signal.SIGTERM, _exit_by_signal)
+    exit_on_sigterm()
     _quieten_libraries()
     from svdiff_kernels import SVDiffError  # from here on imports take seconds
 
@@ -98,11 +99,6 @@ def _parse(name: str, command: Command, config: Any, argv: list[str]) -> Any:
     if unknown:
         parser.error(f"unknown argument {unknown[0]}")
     return parsed
-
-
-def _exit_by_signal(number: int, frame: object) -> NoReturn:
-    """End by an exception, so that whatever is half-written is cleared away."""
-    sys.exit(128 + number)
 
 
 def _quieten_libraries() -> None:

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any, TypeVar
 
 from tqdm import tqdm
+
+from .termination import exit_if_told
 
 T = TypeVar("T")
 
 
 def progress_bar(items: Collection[T], description: str, *, delay: float = 0) -> tqdm[T]:
-    """A bar over `items`, shown once it has taken `delay` seconds."""
-    return tqdm(items, desc=description, delay=delay, **progress_options())
+    """A bar over `items`, shown once it has taken `delay` seconds; a command told to end does so between two."""
+    return _Bar(items, desc=description, delay=delay, **progress_options())
+
+
+class _Bar(tqdm):
+    def __iter__(self) -> Iterator[Any]:
+        for item in super().__iter__():
+            exit_if_told()
+            yield item
 
 
 def progress_options() -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from .progress import progress_options
+from .termination import exit_if_told
 
 
 def sample(
@@ -38,6 +39,7 @@ def sample(
     """
     total = len(prompts)
     for start in range(0, total, batch_size):
+        exit_if_told()
         part = list(prompts[start : start + batch_size])
         pipeline.set_progress_bar_config(
             desc=f"Drawing {start + len(part)}/{total}", leave=start + len(part) == total, **progress_options()
