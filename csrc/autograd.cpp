@@ -51,17 +51,24 @@ struct Expand : Function<Expand> {
 
 struct FrozenLinear : Function<FrozenLinear> {
   static Tensor forward(
-      AutogradContext* ctx, const Tensor& x, const Tensor& weight, const OptionalTensor& bias, OptionalType dtype) {
+      AutogradContext* ctx,
+      const Tensor& x,
+      const Tensor& weight,
+      const OptionalTensor& bias,
+      OptionalType dtype,
+      double alpha) {
     check_frozen(weight, "svdiff::frozen_linear: weight");
     ctx->save_for_backward({weight});
     ctx->saved_data["type"] = static_cast<int64_t>(x.scalar_type());
+    ctx->saved_data["alpha"] = alpha;
     const at::AutoDispatchBelowADInplaceOrView below;
-    return call::frozen_linear(x, weight, bias, dtype);
+    return call::frozen_linear(x, weight, bias, dtype, alpha);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const Tensor weight = ctx->get_saved_variables()[0];
-    return {call::frozen_linear(grads[0].to(type_of_x(ctx)), weight.t(), std::nullopt, std::nullopt), {}, {}, {}};
+    const double alpha = ctx->saved_data["alpha"].toDouble();
+    return {call::frozen_linear(grads[0].to(type_of_x(ctx)), weight.t(), std::nullopt, std::nullopt, alpha), {}, {}, {}, {}};
   }
 };
 
@@ -94,8 +101,9 @@ TORCH_LIBRARY_IMPL(svdiff, Autograd, m) {
                       OptionalType dtype) {
     return Expand::apply(z, U, scale, bias, dtype);
   });
-  m.impl("frozen_linear", [](const Tensor& x, const Tensor& weight, const OptionalTensor& bias, OptionalType dtype) {
-    return FrozenLinear::apply(x, weight, bias, dtype);
+  m.impl("frozen_linear", [](const Tensor& x, const Tensor& weight, const OptionalTensor& bias, OptionalType dtype,
+                             double alpha) {
+    return FrozenLinear::apply(x, weight, bias, dtype, alpha);
   });
   m.impl("frozen_conv2d", [](const Tensor& x, const Tensor& weight, const OptionalTensor& bias, at::IntArrayRef stride,
                              at::IntArrayRef padding, at::IntArrayRef dilation, OptionalType dtype,

@@ -28,10 +28,11 @@ std::tuple<Tensor, Tensor> expand_backward(
   return call.call(dy, z, U, scale, need_dz);
 }
 
-Tensor frozen_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, OptionalType dtype) {
+Tensor frozen_linear(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, OptionalType dtype, double alpha) {
   static const auto call =
-      op<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, OptionalType)>("svdiff::frozen_linear");
-  return call.call(x, weight, bias, dtype);
+      op<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, OptionalType, double)>("svdiff::frozen_linear");
+  return call.call(x, weight, bias, dtype, alpha);
 }
 
 Tensor frozen_conv2d(

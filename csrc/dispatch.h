@@ -21,7 +21,8 @@ Tensor expand(
 std::tuple<Tensor, Tensor> expand_backward(
     const Tensor& dy, const OptionalTensor& z, const Tensor& U, const Tensor& scale, bool need_dz);
 
-Tensor frozen_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, OptionalType dtype);
+Tensor frozen_linear(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, OptionalType dtype, double alpha = 1);
 
 Tensor frozen_conv2d(
     const Tensor& x,

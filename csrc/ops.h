@@ -28,12 +28,13 @@ std::tuple<at::Tensor, at::Tensor> expand_backward(
     const at::Tensor& scale,
     bool need_dz);
 
-// y [*, M] = x [*, N] @ weight.T + bias. Its backward is itself, with the transposed weight.
+// y [*, M] = alpha * x [*, N] @ weight.T + bias. Its backward is itself, with the transposed weight.
 at::Tensor frozen_linear(
     const at::Tensor& x,
     const at::Tensor& weight,
     const std::optional<at::Tensor>& bias,
-    std::optional<at::ScalarType> dtype = std::nullopt);
+    std::optional<at::ScalarType> dtype = std::nullopt,
+    double alpha = 1);
 
 // The convolution of x [B, C_in, H, W] with weight [C_out, C_in, kh, kw]; as torch sums it if exact.
 at::Tensor frozen_conv2d(

@@ -92,7 +92,7 @@ def _is_for_triton(first: Tensor, *_: Any) -> bool:
     return able
 
 
-def _is_mixed(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> bool:
+def _is_mixed(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None, alpha: float) -> bool:
     """Where all types are one, the vendor's product is the best there is."""
     return not x.dtype == weight.dtype == (dtype or x.dtype) and _is_for_triton(x)
 
@@ -106,6 +106,11 @@ if not why_no_triton:
     _register_triton("CUDA")
     if _choice == "triton":
         _register_triton("CPU")
+
+
+def fuses(device_type: str) -> bool:
+    """Whether whole layers had better go to what serves this kind of device than be made of ops here."""
+    return serving(device_type) == "triton"
 
 
 def serving(device_type: str) -> str:

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends
-from .ops import expand, expand_backward, frozen_conv2d, frozen_conv2d_backward, frozen_linear, is_half
+from .factors import factor_dtype
+from .ops import expand, expand_backward, frozen_conv2d, frozen_conv2d_backward, frozen_linear, is_half, linear
 
 IntPair = int | tuple[int, ...]
 
@@ -144,16 +145,24 @@ def spectral_embedding(
 
 
 def scaled_linear(
-    x: Tensor, U: Tensor, gain: Tensor, Vh: Tensor, bias: Tensor | None = None, *, weight: Tensor | None = None
+    x: Tensor,
+    U: Tensor,
+    gain: Tensor,
+    Vh: Tensor,
+    bias: Tensor | None = None,
+    *,
+    weight: Tensor | None = None,
+    alpha: float = 1.0,
 ) -> Tensor:
-    """`spectral_linear` with its `spectral_gain` given."""
+    """`spectral_linear` with its `spectral_gain` given, with U multiplied by ``1 / alpha``: see `nn.range_shift`."""
     x, U, Vh, bias = _autocast(x, U, Vh, bias)
-    if weight is None and _in_one_call(bias):
+    fused = backends.fuses(x.device.type)
+    if weight is None and not fused and _in_one_call(alpha, bias):
         return torch.ops.svdiff.scaled_linear.default(x, U, gain, Vh, bias)
     half = is_half(x.dtype)
     inner = bias if weight is None else None
-    if Vh.dtype != x.dtype:
-        y = _OfMixedTypes.apply(x, U, gain, Vh, inner, None)
+    if fused or Vh.dtype != x.dtype:
+        y = _Layer.apply(x, U, gain, Vh, inner, alpha, None, fused and weight is None)
     else:
         z = frozen_linear(x, Vh) if half else F.linear(x, Vh)  # torch's own keeps no x either, but sums slowly in half
         y = expand(z, U, _rows(gain), inner)
@@ -176,20 +185,23 @@ def scaled_conv2d(
     groups: int = 1,
     *,
     weight: Tensor | None = None,
+    alpha: float = 1.0,
 ) -> Tensor:
-    """`spectral_conv2d` with its `spectral_gain` given."""
+    """`spectral_conv2d` with its `spectral_gain` given; alpha as in `scaled_linear`."""
     if x.dim() == 3:
-        return scaled_conv2d(x[None], U, gain, Vh, bias, stride, padding, dilation, groups, weight=weight)[0]
+        rest = (bias, stride, padding, dilation, groups)
+        return scaled_conv2d(x[None], U, gain, Vh, *rest, weight=weight, alpha=alpha)[0]
     if groups > 1:
-        return recomposed_conv2d(x, U, gain, Vh, bias, stride, padding, dilation, groups, weight=weight)
+        return recomposed_conv2d(x, U, gain, Vh, bias, stride, padding, dilation, groups, weight=weight, alpha=alpha)
     x, U, Vh, bias = _autocast(x, U, Vh, bias)
     stride, dilation = _pair(stride), _pair(dilation)
     x, padding = _resolve_padding(x, padding, dilation, Vh)
-    if weight is None and _in_one_call(bias):
+    fused = backends.fuses(x.device.type)
+    if weight is None and not fused and _in_one_call(alpha, bias):
         return torch.ops.svdiff.scaled_conv2d.default(x, U, gain, Vh, bias, stride, padding, dilation)
     inner = bias if weight is None else None
-    if Vh.dtype != x.dtype:
-        y = _OfMixedTypes.apply(x, U, gain, Vh, inner, (stride, padding, dilation))
+    if fused or Vh.dtype != x.dtype:
+        y = _Layer.apply(x, U, gain, Vh, inner, alpha, (stride, padding, dilation), False)
     else:
         z = frozen_conv2d(x, Vh, None, stride, padding, dilation)
         y = _as_image(expand(_as_rows_of_pixels(z), U, _rows(gain), inner), z.shape[2:])
@@ -200,10 +212,11 @@ def scaled_conv2d(
     return frozen_conv2d(x, weight, bias, stride, padding, dilation, exact=True).add_(y)
 
 
-class _OfMixedTypes(torch.autograd.Function):
-    """`scaled_linear`, or with a geometry `scaled_conv2d`, for x in bf16 and factors in fp16.
+class _Layer(torch.autograd.Function):
+    """`scaled_linear`, or with a geometry `scaled_conv2d`, in one node of the graph.
 
-    In one node: between two, autograd would hand dz on in z's type, and a gradient may be too small for fp16.
+    For x in bf16 and factors in fp16 it must be one: between two, autograd would hand dz on in z's type, and a gradient
+    may be too small for fp16. And a backend that fuses keeps ``gain * z`` instead of z if `scaled`.
     """
 
     @staticmethod
@@ -214,33 +227,50 @@ class _OfMixedTypes(torch.autograd.Function):
         gain: Tensor,
         Vh: Tensor,
         bias: Tensor | None,
+        alpha: float,
         geometry: tuple[tuple[int, int], ...] | None,
+        scaled: bool,
     ) -> Tensor:
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
+        _, need_U, need_dgain, need_Vh, *_ = ctx.needs_input_grad
+        if need_U or need_Vh:
             raise ValueError("svdiff: U or Vh requires grad, but the factors of a spectral layer are frozen")
-        ctx.geometry, ctx.size = geometry, x.shape[2:]
+        ctx.alpha, ctx.geometry, ctx.scaled, ctx.size = alpha, geometry, scaled, x.shape[2:]
         if geometry is None:
-            z = frozen_linear(x, Vh, dtype=Vh.dtype)
-            ctx.save_for_backward(z, U, gain, Vh)
-            return expand(z, U, _rows(gain), bias, dtype=x.dtype)
-        image = frozen_conv2d(x, Vh, None, *geometry, dtype=Vh.dtype)
-        z = _as_rows_of_pixels(image)
-        ctx.save_for_backward(z, U, gain, Vh)
-        return _as_image(expand(z, U, _rows(gain), bias, dtype=x.dtype), image.shape[2:])
+            y, kept = linear(x, U, _rows(gain), Vh, bias, alpha=alpha, scaled=scaled)
+        else:
+            image = frozen_conv2d(_for_conv(x, Vh.dtype, alpha), Vh, None, *geometry, dtype=Vh.dtype)
+            kept = _as_rows_of_pixels(image)
+            y = _as_image(expand(kept, U, _rows(gain), bias, dtype=x.dtype), image.shape[2:])
+        ctx.save_for_backward(U, gain, Vh, kept if need_dgain else None)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        z, U, gain, Vh = ctx.saved_tensors
-        need_dx, _, need_dgain, _, need_dbias, _ = ctx.needs_input_grad
-        rows = dy if ctx.geometry is None else _as_rows_of_pixels(dy)
-        dz, dgain = expand_backward(rows, z if need_dgain else None, U, _rows(gain), need_dx)
+        U, gain, Vh, kept = ctx.saved_tensors
+        need_dx, *_, need_dbias = ctx.needs_input_grad[:5]
+        scale = _rows(gain)
         dx = None
-        if need_dx and ctx.geometry is None:
-            dx = frozen_linear(dz, Vh.T)
-        elif need_dx:
-            dx = frozen_conv2d_backward(_as_image(dz, dy.shape[2:]), Vh, ctx.size, *ctx.geometry)
+        if ctx.geometry is None:
+            rows = dy
+            dz, dgain = expand_backward(dy, kept, U, scale, need_dx)
+            if need_dx:
+                dx = frozen_linear(dz, Vh.T, alpha=ctx.alpha)
+        else:
+            rows = _as_rows_of_pixels(dy)
+            dz, dgain = expand_backward(rows, kept, U, scale * ctx.alpha, need_dx)
+            if need_dx:
+                dx = frozen_conv2d_backward(_as_image(dz, dy.shape[2:]), Vh, ctx.size, *ctx.geometry)
+        if ctx.scaled and kept is not None:
+            dgain = torch.where(scale > 0, dgain / scale, 0)
         dbias = rows.flatten(0, -2).sum(0) if need_dbias else None
-        return dx, None, dgain.view_as(gain) if need_dgain else None, None, dbias, None
+        return dx, None, None if kept is None else dgain.view_as(gain), None, dbias, None, None, None
+
+
+def _for_conv(x: Tensor, dtype: torch.dtype, alpha: float) -> Tensor:
+    """``alpha * x``; on a GPU in dtype, since no vendor's convolution mixes types, and in one pass."""
+    if x.is_cuda and x.dtype != dtype:
+        return torch.mul(x, alpha, out=torch.empty_like(x, dtype=dtype))
+    return x if alpha == 1 else x * alpha
 
 
 def scaled_embedding(
@@ -251,9 +281,10 @@ def scaled_embedding(
     *,
     padding_idx: int | None = None,
     weight: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`spectral_embedding` with its `spectral_gain` given."""
-    y = expand(F.embedding(ids, U), Vh.T, _rows(gain))
+    """`spectral_embedding` with its `spectral_gain` given; dtype is the result's, U's if not given."""
+    y = expand(F.embedding(ids, U), Vh.T, _rows(gain), dtype=dtype)
     if padding_idx is not None:
         y = torch.where((ids == padding_idx)[..., None], y.detach(), y)
     if weight is None:
@@ -262,19 +293,38 @@ def scaled_embedding(
     return base + y if not is_half(y.dtype) else (base.float() + y).to(y.dtype)
 
 
-def recomposed_weight(U: Tensor, gain: Tensor, Vh: Tensor, weight: Tensor | None = None) -> Tensor:
-    """``U diag(gain) Vh`` (plus weight), built in fp32, with one rounding to U's dtype; shaped as the weight is."""
-    W = (U * gain) @ Vh.flatten(1).to(gain.dtype)
+def recomposed_weight(
+    U: Tensor,
+    gain: Tensor,
+    Vh: Tensor,
+    weight: Tensor | None = None,
+    *,
+    alpha: float = 1.0,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``alpha U diag(gain) Vh`` (plus weight), built in fp32, with one rounding to dtype, U's if not given.
+
+    It is shaped as the weight is.
+    """
+    W = (U * (gain * alpha)) @ Vh.flatten(1).to(gain.dtype)
     W = W.view(U.shape[0], *Vh.shape[1:])
-    return (W if weight is None else weight + W).to(U.dtype)
+    return (W if weight is None else weight + W).to(dtype or U.dtype)
 
 
 def recomposed_linear(
-    x: Tensor, U: Tensor, gain: Tensor, Vh: Tensor, bias: Tensor | None = None, *, weight: Tensor | None = None
+    x: Tensor,
+    U: Tensor,
+    gain: Tensor,
+    Vh: Tensor,
+    bias: Tensor | None = None,
+    *,
+    weight: Tensor | None = None,
+    alpha: float = 1.0,
 ) -> Tensor:
     """`scaled_linear` the naive way: the weight is rebuilt, and autograd keeps x."""
+    how: Any = {"alpha": alpha, "dtype": x.dtype}
     parts = _by_sample(x, gain)
-    return torch.cat([F.linear(part, recomposed_weight(U, g, Vh, weight), bias) for part, g in parts])
+    return torch.cat([F.linear(part, recomposed_weight(U, g, Vh, weight, **how), bias) for part, g in parts])
 
 
 def recomposed_conv2d(
@@ -289,18 +339,29 @@ def recomposed_conv2d(
     groups: int = 1,
     *,
     weight: Tensor | None = None,
+    alpha: float = 1.0,
 ) -> Tensor:
     """`scaled_conv2d` the naive way; the only one for a grouped conv."""
+    how: Any = {"alpha": alpha, "dtype": x.dtype}
     outputs = [
-        F.conv2d(part, recomposed_weight(U, g, Vh, weight), bias, stride, padding, dilation, groups)
+        F.conv2d(part, recomposed_weight(U, g, Vh, weight, **how), bias, stride, padding, dilation, groups)
         for part, g in _by_sample(x, gain)
     ]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def recomposed_embedding(ids: Tensor, U: Tensor, gain: Tensor, Vh: Tensor, *, padding_idx: int | None = None) -> Tensor:
+def recomposed_embedding(
+    ids: Tensor,
+    U: Tensor,
+    gain: Tensor,
+    Vh: Tensor,
+    *,
+    padding_idx: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """`scaled_embedding` the naive way."""
-    return torch.cat([F.embedding(part, recomposed_weight(U, g, Vh), padding_idx) for part, g in _by_sample(ids, gain)])
+    parts = _by_sample(ids, gain)
+    return torch.cat([F.embedding(part, recomposed_weight(U, g, Vh, dtype=dtype), padding_idx) for part, g in parts])
 
 
 def _by_sample(x: Tensor, gain: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -308,12 +369,12 @@ def _by_sample(x: Tensor, gain: Tensor) -> list[tuple[Tensor, Tensor]]:
     return list(zip(x.chunk(len(gains)) if len(gains) > 1 else (x,), gains, strict=True))
 
 
-def _in_one_call(bias: Tensor | None) -> bool:
+def _in_one_call(alpha: float, bias: Tensor | None) -> bool:
     """Whether ``csrc/layers.cpp`` may stand in for a composition: the same products, in one node of the graph.
 
     A compiler had better see the parts.
     """
-    if backends.extension is None or torch.compiler.is_compiling():
+    if backends.extension is None or alpha != 1 or torch.compiler.is_compiling():
         return False
     return bias is None or not bias.requires_grad
 
@@ -337,7 +398,8 @@ def _autocast(x: Tensor, U: Tensor, Vh: Tensor, bias: Tensor | None) -> tuple[Te
     if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
         return x, U, Vh, bias
     dtype = torch.get_autocast_dtype(kind)
-    return x.to(dtype), U.to(dtype), Vh.to(dtype), None if bias is None else bias.to(dtype)
+    kept = factor_dtype(dtype, x.device)
+    return x.to(dtype), U.to(kept), Vh.to(kept), None if bias is None else bias.to(dtype)
 
 
 def _pair(value: IntPair) -> tuple[int, int]:

@@ -7,6 +7,7 @@ layer.merge()        # a plain nn.Linear again, with the shifted weight
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from . import functional as SF
 from .decompose import decompose
 from .errors import SVDiffError
-from .factors import Factors
+from .factors import Factors, factor_dtype
 from .lazy import LazyWeight
 
 if TYPE_CHECKING:
@@ -102,30 +103,60 @@ def keep_wide(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     return out if out.dtype == tensor.dtype else tensor.to(out.device, torch.promote_types(out.dtype, torch.float32))
 
 
+def range_shift(sigma: Tensor) -> int:
+    """The power of two by which a layer with factors in fp16 divides x, and multiplies U.
+
+    Its z and scaled z are in fp16 too, although x in bf16 may be of any size. Divided by the size of the largest sigma,
+    the scaled z is no larger than x; and since the power is at least 6, x itself may be 64 times what fp16 holds. More
+    than 10 would push small z below what fp16 resolves.
+    """
+    largest = 1.0 if sigma.is_meta or sigma.numel() == 0 else max(float(sigma.max()), 1.0)
+    return min(max(math.ceil(math.log2(largest)), 6), 10)
+
+
 class _SpectralMatrix(SpectralModule):
-    """A layer with U ``[M, r]``, Vh ``[r, ...]`` and, in the residual form, the weight itself as ``base``."""
+    """A layer with U ``[M, r]``, Vh ``[r, ...]`` and, in the residual form, the weight itself as ``base``.
+
+    Attributes:
+        alpha: U is held multiplied by ``1 / alpha``, and x is multiplied by alpha. It is 1 unless the factors of a bf16
+            layer are in fp16: see `range_shift`. A state dict holds U itself.
+    """
 
     U: Tensor
     Vh: Tensor
     base: Tensor | None
+    _like: Tensor
+    range_safe: ClassVar[bool] = True
 
     def __init__(self, weight: Tensor, factors: Factors, form: str, bias: Tensor | None) -> None:
         super().__init__(factors.sigma, bias)
-        self.form = form
+        self.form, self.alpha = form, 1.0
         self.register_buffer("U", factors.U)
         self.register_buffer("Vh", factors.Vh.unflatten(1, weight.shape[1:]))
         self.register_buffer("base", weight.detach() if form == "residual" else None)
+        self._like = weight.detach().new_empty(0)
+        self._apply(lambda t: t)  # brings the factors into the type that they are kept in
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the layer computes for; on a GPU its factors may be in another."""
+        return self._like.dtype
+
+    def factors(self) -> Factors:
+        """``U diag(sigma) Vh`` of the unshifted weight, in the type that the layer keeps."""
+        return Factors(self.U * self.alpha, self.sigma, self.Vh.flatten(1))
 
     @property
     def weight(self) -> Tensor:
         """The shifted weight. Its dtype, device and shape cost nothing; any other use recomposes it, which is slow."""
         if torch.compiler.is_compiling():
             return self.recomposed_weight()  # dropped from the graph where only its dtype is asked for
-        return LazyWeight.make(self.U, (self.U.shape[0], *self.Vh.shape[1:]), self.recomposed_weight)
+        return LazyWeight.make(self._like, (self.U.shape[0], *self.Vh.shape[1:]), self.recomposed_weight)
 
     def recomposed_weight(self) -> Tensor:
         """The shifted weight, as large as the original."""
-        return SF.recomposed_weight(self.U, self.one_gain(), self.Vh, self.base)
+        gain = self.one_gain()
+        return SF.recomposed_weight(self.U, gain, self.Vh, self.base, alpha=self.alpha, dtype=self.dtype)
 
     def _merge_into(self, plain: nn.Module) -> Any:
         plain.weight = nn.Parameter(self.recomposed_weight().detach(), requires_grad=False)
@@ -133,11 +164,41 @@ class _SpectralMatrix(SpectralModule):
             plain.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
         return plain.train(self.training)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        like = self._like = fn(self._like)
+        dtype = factor_dtype(like.dtype, like.device)
+        finer = dtype != like.dtype and self.range_safe
+        alpha = 2.0 ** -range_shift(self.sigma) if finer else 1.0
+        ratios = {id(self.U): self.alpha / alpha, id(self.Vh): 1.0}
+        self.alpha = alpha
+
+        def convert(t: Tensor) -> Tensor:
+            out = fn(t)
+            ratio = ratios.get(id(t))
+            if ratio is None or (ratio == 1 and out.dtype == dtype):
+                return out
+            # Not of what fn returns, which may have lost bits that dtype can hold.
+            wide = torch.promote_types(t.dtype, dtype)
+            return t.to(out.device, wide).mul(ratio).to(dtype)
+
+        return super()._apply(convert, recurse)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.alpha != 1:
+            destination[prefix + "U"] = self.U * self.alpha
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        key = prefix + "U"
+        if self.alpha != 1 and key in state_dict:
+            state_dict = state_dict | {key: state_dict[key].float() / self.alpha}
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
 
 def _prepare(
     weight: Tensor, factors: Factors | None, rank: int | None, form: str, *, can_factor: bool = True
 ) -> tuple[Factors, str]:
-    """The factors in the weight's dtype and on its device, and the form that "auto" stands for."""
+    """The factors on the weight's device, and the form that "auto" stands for."""
     matrix_shape = (weight.shape[0], weight[0].numel())
     if factors is None:
         wide = torch.float64 if weight.dtype == torch.float64 else None
@@ -153,7 +214,7 @@ def _prepare(
         raise SVDiffError(f"form {form!r} is not one of auto, {', '.join(FORMS)}")
     if form != "recomposed" and not can_factor:
         raise SVDiffError(f"a grouped convolution has only the recomposed form, not {form!r}")
-    return factors.to(weight.device, weight.dtype), form
+    return factors.to(weight.device), form
 
 
 class SpectralLinear(_SpectralMatrix):
@@ -183,7 +244,7 @@ class SpectralLinear(_SpectralMatrix):
     def forward(self, x: Tensor) -> Tensor:
         """``[*, in_features]`` to ``[*, out_features]``."""
         run = SF.recomposed_linear if self.form == "recomposed" else SF.scaled_linear
-        return run(x, self.U, self.gain(), self.Vh, self.bias, weight=self.base)
+        return run(x, self.U, self.gain(), self.Vh, self.bias, weight=self.base, alpha=self.alpha)
 
     def merge(self) -> nn.Linear:
         """A plain linear layer with the shifted weight."""
@@ -223,8 +284,8 @@ class SpectralConv2d(_SpectralMatrix):
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._padding_around, mode=self.padding_mode), 0
         run = SF.recomposed_conv2d if self.form == "recomposed" else SF.scaled_conv2d
-        stride, dilation, groups = self.stride, self.dilation, self.groups
-        return run(x, self.U, self.gain(), self.Vh, self.bias, stride, padding, dilation, groups, weight=self.base)
+        rest = (self.bias, self.stride, padding, self.dilation, self.groups)
+        return run(x, self.U, self.gain(), self.Vh, *rest, weight=self.base, alpha=self.alpha)
 
     def merge(self) -> nn.Conv2d:
         """A plain convolution with the shifted kernel."""
@@ -253,6 +314,8 @@ class SpectralConv2d(_SpectralMatrix):
 class SpectralEmbedding(_SpectralMatrix):
     """`functional.spectral_embedding` as a module; stands in for `nn.Embedding`."""
 
+    range_safe = False  # what it scales are rows of U
+
     def __init__(self, module: nn.Embedding, factors: Factors, form: str) -> None:
         super().__init__(module.weight, factors, form, None)
         self.num_embeddings, self.embedding_dim = module.num_embeddings, module.embedding_dim
@@ -269,9 +332,10 @@ class SpectralEmbedding(_SpectralMatrix):
 
     def forward(self, ids: Tensor) -> Tensor:
         """``[*]`` integers to ``[*, embedding_dim]``."""
+        how: Any = {"padding_idx": self.padding_idx, "dtype": self.dtype}
         if self.form == "recomposed":
-            return SF.recomposed_embedding(ids, self.U, self.gain(), self.Vh, padding_idx=self.padding_idx)
-        return SF.scaled_embedding(ids, self.U, self.gain(), self.Vh, padding_idx=self.padding_idx, weight=self.base)
+            return SF.recomposed_embedding(ids, self.U, self.gain(), self.Vh, **how)
+        return SF.scaled_embedding(ids, self.U, self.gain(), self.Vh, weight=self.base, **how)
 
     def merge(self) -> nn.Embedding:
         """A plain embedding with the shifted table."""

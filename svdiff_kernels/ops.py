@@ -1,7 +1,8 @@
 """The ops behind every spectral layer: their schemas, shapes and gradients. No arithmetic lives here.
 
-`expand` is what SVDiff adds to a network. The other two are products with frozen weights, torch's own but for what they
-keep for the backward pass (the weight alone) and for how they sum half precision.
+`expand` is what SVDiff adds to a network. Two are products with frozen weights, torch's own but for what they keep for
+the backward pass (the weight alone) and for how they sum half precision. `linear` is a whole layer, for backends that
+gain by seeing all of it.
 
 Implementations register themselves with torch's dispatcher: `reference.py` for every device, ``csrc/cpu`` over it for
 CPUs. Gradients are those of ``csrc/autograd.cpp``, or the same in Python from here where the extension is missing.
@@ -23,7 +24,9 @@ library.define("expand(Tensor z, Tensor U, Tensor scale, Tensor? bias, ScalarTyp
 library.define(
     "expand_backward(Tensor dy, Tensor? z, Tensor U, Tensor scale, bool need_dz) -> (Tensor, Tensor)", tags=_TAGS
 )
-library.define("frozen_linear(Tensor x, Tensor weight, Tensor? bias, ScalarType? dtype) -> Tensor", tags=_TAGS)
+library.define(
+    "frozen_linear(Tensor x, Tensor weight, Tensor? bias, ScalarType? dtype, float alpha) -> Tensor", tags=_TAGS
+)
 library.define(
     "frozen_conv2d(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, "
     "ScalarType? dtype, bool exact) -> Tensor",
@@ -32,6 +35,10 @@ library.define(
 library.define(
     "frozen_conv2d_backward(Tensor dy, Tensor weight, SymInt[2] size, int[2] stride, int[2] padding, int[2] dilation) "
     "-> Tensor",
+    tags=_TAGS,
+)
+library.define(
+    "linear(Tensor x, Tensor U, Tensor scale, Tensor Vh, Tensor? bias, float alpha, bool scaled) -> (Tensor, Tensor)",
     tags=_TAGS,
 )
 
@@ -70,19 +77,28 @@ def expand_backward(dy: Tensor, z: Tensor | None, U: Tensor, scale: Tensor, need
     return torch.ops.svdiff.expand_backward.default(dy, z, U, scale, need_dz)
 
 
-def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
-    """``F.linear`` with a frozen weight and bias; all sums accumulate in fp32 or wider.
+def frozen_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    alpha: float = 1.0,
+) -> Tensor:
+    """``alpha * x @ weight.T + bias`` with a frozen weight and bias; all sums accumulate in fp32 or wider.
 
     Args:
         x: ``[*, N]``.
         weight: ``[M, N]``, in any dtype but fp64, unless x is in that too; any strides.
         bias: ``[M]``, or None.
         dtype: of the result; x's if not given. fp32 is what the residual form needs to round its sum once.
+        alpha: a power of two. x is multiplied by it before it is rounded to the type of the product, so that x in bf16
+            may be larger than fp16 can hold.
 
     Returns:
         ``[*, M]``. The gradient of x is in x's dtype.
     """
-    return torch.ops.svdiff.frozen_linear.default(x, weight, bias, dtype)
+    return torch.ops.svdiff.frozen_linear.default(x, weight, bias, dtype, alpha)
 
 
 def frozen_conv2d(
@@ -124,6 +140,25 @@ def frozen_conv2d_backward(
     return torch.ops.svdiff.frozen_conv2d_backward.default(dy, weight, size, stride, padding, dilation)
 
 
+def linear(
+    x: Tensor, U: Tensor, scale: Tensor, Vh: Tensor, bias: Tensor | None, *, alpha: float = 1.0, scaled: bool = False
+) -> tuple[Tensor, Tensor]:
+    """A whole layer, ``y = (scale[sample] * z) @ U.T + bias`` with ``z = alpha * x @ Vh.T``; it has no gradient.
+
+    Args:
+        x: ``[*, N]``.
+        U, scale, bias: see `expand`. The factors may be in fp16 with x in bf16.
+        Vh: ``[r, N]``, in U's dtype.
+        alpha: see `frozen_linear`.
+        scaled: what to keep for `expand_backward`. Keeping the scaled z lets the first product scale it on its way
+            out, but dscale is then ``column sums / scale``, for a scale whose gradient is zero where it is zero itself.
+
+    Returns:
+        y ``[*, M]`` in x's dtype, and z, times scale if `scaled`, ``[*, r]`` in Vh's dtype.
+    """
+    return torch.ops.svdiff.linear.default(x, U, scale, Vh, bias, alpha, scaled)
+
+
 def columns_dense(z: Tensor) -> bool:
     """Is z ``[B, P, r]`` with neighbouring rows, not columns, next to one another (NCHW)?"""
     return z.dim() == 3 and z.stride(1) == 1 and z.stride(2) != 1
@@ -155,7 +190,9 @@ def is_half(dtype: torch.dtype) -> bool:
 
 
 @torch.library.register_fake("svdiff::frozen_linear", lib=library)
-def _frozen_linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+def _frozen_linear_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None, alpha: float = 1.0
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype or x.dtype)
 
 
@@ -191,6 +228,13 @@ def _frozen_conv2d_backward_fake(
     return dx.to(memory_format=memory_format_of(dy))
 
 
+@torch.library.register_fake("svdiff::linear", lib=library)
+def _linear_fake(
+    x: Tensor, U: Tensor, scale: Tensor, Vh: Tensor, bias: Tensor | None, alpha: float, scaled: bool
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(*x.shape[:-1], U.shape[0]), x.new_empty(*x.shape[:-1], Vh.shape[0], dtype=Vh.dtype)
+
+
 def memory_format_of(x: Tensor) -> torch.memory_format:
     """Of ``[B, C, H, W]``: channels last where the channels lie next to one another."""
     return torch.channels_last if x.stride(1) == 1 and x.shape[1] > 1 else torch.contiguous_format
@@ -217,21 +261,21 @@ def _expand_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, *geometry = inputs
+    x, weight, _, *ctx.rest = inputs
     if ctx.needs_input_grad[1]:
         raise ValueError("svdiff: a frozen weight requires grad")
     ctx.save_for_backward(weight)
-    ctx.dtype, ctx.geometry = x.dtype, (x.shape[2:], *geometry[:3])
+    ctx.dtype, ctx.size = x.dtype, x.shape[2:]
 
 
 def _frozen_linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     (weight,) = ctx.saved_tensors
-    return frozen_linear(dy.to(ctx.dtype), weight.T), None, None, None
+    return frozen_linear(dy.to(ctx.dtype), weight.T, alpha=ctx.rest[-1]), *(None,) * 4
 
 
 def _frozen_conv2d_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     (weight,) = ctx.saved_tensors
-    dx = frozen_conv2d_backward(dy.to(ctx.dtype), weight, *ctx.geometry)
+    dx = frozen_conv2d_backward(dy.to(ctx.dtype), weight, ctx.size, *ctx.rest[:3])
     return dx, *(None,) * 7
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input
 
+from . import ops
 from .ops import columns_dense, library, memory_format_of
 
 _TILE = 2**20
@@ -55,9 +56,12 @@ def expand_backward(dy: Tensor, z: Tensor | None, U: Tensor, scale: Tensor, need
     return _scaled(b, scale) if need_dz else dy.new_empty(0), dscale
 
 
-def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+def frozen_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None, alpha: float = 1.0
+) -> Tensor:
     """See `ops.frozen_linear`."""
     dtype = dtype or x.dtype
+    x = x if alpha == 1 else x * alpha
     if x.dtype == weight.dtype == dtype:
         return F.linear(x, weight, bias)
     with torch.autocast(x.device.type, enabled=False):
@@ -101,11 +105,19 @@ def frozen_conv2d_backward(
     return dx.contiguous(memory_format=memory_format_of(dy))
 
 
+def linear(
+    x: Tensor, U: Tensor, scale: Tensor, Vh: Tensor, bias: Tensor | None, alpha: float = 1.0, scaled: bool = False
+) -> tuple[Tensor, Tensor]:
+    """See `ops.linear`: the ops of which it is made, whoever serves them."""
+    z = ops.frozen_linear(x, Vh, dtype=Vh.dtype, alpha=alpha)
+    return ops.expand(z, U, scale, bias, dtype=x.dtype), _scaled(z, scale) if scaled else z
+
+
 def _tiles(weight: Tensor) -> tuple[Tensor, ...]:
     """The weight in blocks of output rows, never more than a quarter of it at a time."""
     rows = min(_TILE // max(1, weight[0].numel()), -(-weight.shape[0] // 4))
     return weight.split(max(1, rows))
 
 
-for _op in (expand, expand_backward, frozen_linear, frozen_conv2d, frozen_conv2d_backward):
+for _op in (expand, expand_backward, frozen_linear, frozen_conv2d, frozen_conv2d_backward, linear):
     library.impl(_op.__name__, _op, "CompositeExplicitAutograd")

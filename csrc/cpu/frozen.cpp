@@ -58,12 +58,14 @@ Tensor frozen_linear(
     const Tensor& x,
     const Tensor& weight,
     const std::optional<Tensor>& bias,
-    std::optional<at::ScalarType> dtype) {
+    std::optional<at::ScalarType> dtype,
+    double alpha) {
   TORCH_CHECK_VALUE(weight.dim() == 2 && x.dim() > 0 && x.size(-1) == weight.size(1), "svdiff::frozen_linear: x has shape ",
                     x.sizes(), ", expected [*, ", weight.size(-1), "]");
   TORCH_CHECK_VALUE(both_or_neither_fp64(x, weight), "svdiff::frozen_linear: x is ", x.scalar_type(), " but weight is ",
                     weight.scalar_type());
-  return product(x.contiguous(), weight.t(), bias, dtype.value_or(x.scalar_type()));
+  const Tensor rows = alpha == 1 ? x : x * alpha;
+  return product(rows.contiguous(), weight.t(), bias, dtype.value_or(x.scalar_type()));
 }
 
 Tensor frozen_conv2d(

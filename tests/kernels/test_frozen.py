@@ -68,6 +68,17 @@ def test_linear_matches_fp64(
     assert relative(x.grad, truth.grad) <= 2 * bound(dtype)
 
 
+@pytest.mark.parametrize("alpha", [2.0**-7, 4.0])
+def test_alpha_keeps_large_inputs_within_fp16(alpha: float) -> None:
+    x = (normal((37, 23)) * 1e5 / alpha / 2**7).bfloat16().requires_grad_()
+    weight = normal((29, 23)).half() / 16
+    y = ops.frozen_linear(x, weight, dtype=F16, alpha=alpha)
+    assert relative(y, alpha * x.detach().double() @ weight.double().T) <= bound(F16)
+    dy = normal((37, 29)).half()
+    y.backward(dy)
+    assert relative(x.grad, alpha * dy.double() @ weight.double()) <= 2 * bound(BF16)
+
+
 @types
 @convs
 @pytest.mark.parametrize("channels_last", [False, True], ids=["", "channels last"])
@@ -122,7 +133,9 @@ def test_opcheck(name: str, dtype: torch.dtype, weight_dtype: torch.dtype, out: 
         arguments = (inputs.detach().requires_grad_(), weight, bias, *geometry, out, False)
         torch.library.opcheck(torch.ops.svdiff.frozen_conv2d.default, arguments)
     rows = torch.randn(2, 7, 5, dtype=dtype, requires_grad=True)
-    torch.library.opcheck(torch.ops.svdiff.frozen_linear.default, (rows, normal((9, 5)).to(weight_dtype), None, out))
+    torch.library.opcheck(
+        torch.ops.svdiff.frozen_linear.default, (rows, normal((9, 5)).to(weight_dtype), None, out, 0.25)
+    )
 
 
 @pytest.mark.usefixtures("fresh_dynamo")

@@ -33,9 +33,9 @@ def assert_unchanged(model: nn.Module, before: dict[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def output(unet: nn.Module) -> Tensor:
+def output(unet: Any) -> Tensor:
     x, t, context = unet_inputs()
-    return unet(x, t, context).sample
+    return unet(x.to(unet.dtype), t, context.to(unet.dtype)).sample
 
 
 def shift(adapter: svdiff.Adapter, size: float = 0.02) -> None:
@@ -112,6 +112,23 @@ def test_unload_after_a_cast(form: Any, dtype: torch.dtype) -> None:
     unet.to(dtype)
     adapter.unload()
     assert_unchanged(unet, snapshot(plain))
+
+
+@pytest.mark.parametrize("form", ["factored", "residual"])
+def test_a_bf16_model_with_its_factors_in_fp16(form: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: nearer to the base in fp32, trains, and unloads to the bit."""
+    unet, wide = tiny_unet().to(torch.bfloat16), tiny_unet().to(torch.bfloat16).float()
+    before, truth = snapshot(unet), output(wide)
+    coarse = (output(tiny_unet().to(torch.bfloat16)) - truth).norm()
+    monkeypatch.setattr(snn, "factor_dtype", lambda dtype, device: torch.float16)
+    adapter = svdiff.attach(unet, form=form, one_dim="none", cache=False)
+    assert unet.conv_in.U.dtype == torch.float16
+    assert (output(unet) - truth).norm() <= 1.2 * coarse
+    shift(adapter)
+    unet(*unet_inputs(torch.bfloat16)).sample.float().square().sum().backward()
+    assert all(p.grad.isfinite().all() for group in adapter.param_groups() for p in group["params"] if p.numel())
+    adapter.unload()
+    assert_unchanged(unet, before)
 
 
 def test_attaching_again_after_unload(unet: Any) -> None:
