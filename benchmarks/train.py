@@ -54,7 +54,7 @@ def _step(bench: BenchConfig, way: str) -> runner.Step:
     optimizer = torch.optim.AdamW(parameters, lr=1e-4) if parameters else None
 
     def step() -> None:
-        objective.loss().backward()
+        objective.loss(*objective.draw()).backward()
         if optimizer:
             optimizer.step()
             optimizer.zero_grad()

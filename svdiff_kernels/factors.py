@@ -63,10 +63,15 @@ class Factors:
         return Factors(self.U[:, :rank].contiguous(), self.sigma[:rank].clone(), self.Vh[:rank].contiguous())
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Factors:
-        """Moved, and U and Vh cast. sigma follows to fp64 only: half precision would eat small shifts."""
+        """Moved, and U and Vh cast. sigma follows to fp64 only: half precision would eat small shifts.
+
+        A copy from a CPU to a GPU is queued on the current stream, and the CPU goes on.
+        """
         wide = None if dtype is None else torch.promote_types(dtype, torch.float32)
-        return Factors(
-            self.U.to(device=device, dtype=dtype),
-            self.sigma.to(device=device, dtype=wide),
-            self.Vh.to(device=device, dtype=dtype),
-        )
+        return Factors(_moved(self.U, device, dtype), _moved(self.sigma, device, wide), _moved(self.Vh, device, dtype))
+
+
+def _moved(t: Tensor, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
+    if device is None or not t.is_cpu or torch.device(device).type != "cuda":
+        return t.to(device=device, dtype=dtype)
+    return t.pin_memory().to(device, non_blocking=True).to(dtype)  # what is not pinned is waited for

@@ -129,8 +129,10 @@ class _SpectralMatrix(SpectralModule):
     range_safe: ClassVar[bool] = True
 
     def __init__(self, weight: Tensor, factors: Factors, form: str, bias: Tensor | None) -> None:
+        shift = range_shift(factors.sigma)  # before it is on a GPU, for whose answer the CPU would wait
+        factors = factors.to(weight.device)
         super().__init__(factors.sigma, bias)
-        self.form, self.alpha = form, 1.0
+        self.form, self.alpha, self._shift = form, 1.0, shift
         self.register_buffer("U", factors.U)
         self.register_buffer("Vh", factors.Vh.unflatten(1, weight.shape[1:]))
         self.register_buffer("base", weight.detach() if form == "residual" else None)
@@ -168,7 +170,7 @@ class _SpectralMatrix(SpectralModule):
         like = self._like = fn(self._like)
         dtype = factor_dtype(like.dtype, like.device)
         finer = dtype != like.dtype and self.range_safe
-        alpha = 2.0 ** -range_shift(self.sigma) if finer else 1.0
+        alpha = 2.0**-self._shift if finer else 1.0
         ratios = {id(self.U): self.alpha / alpha, id(self.Vh): 1.0}
         self.alpha = alpha
 
@@ -198,7 +200,7 @@ class _SpectralMatrix(SpectralModule):
 def _prepare(
     weight: Tensor, factors: Factors | None, rank: int | None, form: str, *, can_factor: bool = True
 ) -> tuple[Factors, str]:
-    """The factors on the weight's device, and the form that "auto" stands for."""
+    """The factors, wherever they are, and the form that "auto" stands for."""
     matrix_shape = (weight.shape[0], weight[0].numel())
     if factors is None:
         wide = torch.float64 if weight.dtype == torch.float64 else None
@@ -214,7 +216,7 @@ def _prepare(
         raise SVDiffError(f"form {form!r} is not one of auto, {', '.join(FORMS)}")
     if form != "recomposed" and not can_factor:
         raise SVDiffError(f"a grouped convolution has only the recomposed form, not {form!r}")
-    return factors.to(weight.device), form
+    return factors, form
 
 
 class SpectralLinear(_SpectralMatrix):

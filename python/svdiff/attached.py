@@ -103,18 +103,24 @@ class AttachedModel:
 
     def _make_layers(self, form: str, factors_of: Callable[[Tensor], Factors]) -> None:
         holders = Counter(id(p) for module in self.model.modules() for p in module._parameters.values())
+        on_gpu = any(parameter.is_cuda for parameter in self.model.parameters())
+        copies = torch.cuda.Stream() if on_gpu else None  # factors travel while the next weight is parked and hashed
         for path, original in progress_bar(self._originals.items(), "Decomposing", delay=3):
             if maker := ONE_DIM_LAYERS.get(type(original)):
                 layer = maker.from_module(original, mode=self.layout.one_dim)
             else:
                 weight = _weight_of(original)
                 own_form = "auto" if getattr(original, "groups", 1) > 1 else form  # grouped: nn knows the only one
-                layer = MATRIX_LAYERS[type(original)].from_module(original, factors_of(weight), form=own_form)
+                factors = factors_of(weight)
+                with torch.cuda.stream(copies):  # of None does nothing
+                    layer = MATRIX_LAYERS[type(original)].from_module(original, factors, form=own_form)
                 if layer.base is None and holders[id(weight)] == 1:  # a shared weight stays, for who shares it
                     self._tickets[path] = self._lot.park(weight)
                     weight.data = weight.data.new_empty(0)
                     trim_heap()
             self._layers[path] = layer.train(original.training)
+        if copies is not None:
+            torch.cuda.current_stream().wait_stream(copies)
 
     def _swap(self, substitutes: Mapping[int, nn.Module]) -> None:
         for parent in list(self.model.modules()):

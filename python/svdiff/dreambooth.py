@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,22 @@ from torch import Tensor
 from svdiff_kernels import SVDiffError
 
 from .sources import Captions, Latents
+
+
+class Batch(NamedTuple):
+    """Pictures to denoise, the subject's first.
+
+    Attributes:
+        noisy: latents ``[B, C, h, w]`` in the UNet's dtype.
+        target: what the UNet should say of them, ``[B, C, h, w]`` in fp32.
+        timesteps: ``[B]``.
+        captions: ``[B]``, as `Captions.embed` numbers them.
+    """
+
+    noisy: Tensor
+    target: Tensor
+    timesteps: Tensor
+    captions: Tensor
 
 
 class DreamBooth:
@@ -55,8 +71,8 @@ class DreamBooth:
         self._dtype = unet.dtype  # read once: diffusers looks through all modules for it
         self._batch_size, self._prior_weight, self._rng = batch_size, prior_weight, rng
 
-    def loss(self) -> Tensor:
-        """The loss of the next batch."""
+    def draw(self) -> Batch:
+        """The next batch; all chance is here."""
         numbers = [next(order) for order in self._orders for _ in range(self._batch_size)]
         latents = self._latents.draw(numbers, self._rng)
         noise = torch.randn(latents.shape, generator=self._rng).to(latents.device)
@@ -64,9 +80,12 @@ class DreamBooth:
         timesteps = torch.randint(steps, (len(numbers),), generator=self._rng).to(latents.device)
         noisy = self._scheduler.add_noise(latents, noise, timesteps)
         target = noise if self._prediction == "epsilon" else self._scheduler.get_velocity(latents, noise, timesteps)
+        return Batch(noisy.to(self._dtype), target, timesteps, self._captions.numbers(numbers))
 
-        context = self._captions.draw(numbers).to(self._dtype)
-        predicted = self._unet(noisy.to(self._dtype), timesteps, context, return_dict=False)[0]
+    def loss(self, noisy: Tensor, target: Tensor, timesteps: Tensor, captions: Tensor) -> Tensor:
+        """The loss of a `Batch`, whose parts are the arguments; the CPU does not wait for the device."""
+        context = self._captions.embed(captions).to(self._dtype)
+        predicted = self._unet(noisy, timesteps, context, return_dict=False)[0]
         # One loss for the subject's part of the batch, and one for the class's.
         losses = F.mse_loss(predicted.float(), target, reduction="none").reshape(len(self._orders), -1).mean(dim=1)
         return losses[0] if len(losses) == 1 else losses[0] + self._prior_weight * losses[1]

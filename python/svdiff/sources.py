@@ -90,10 +90,13 @@ class Captions:
             with torch.no_grad():
                 self._cached = torch.cat([text_encoder(ids)[0] for ids in self._ids.split(8)])
 
-    def draw(self, numbers: Sequence[int]) -> Tensor:
-        """Embeddings ``[len(numbers), L, D]`` of these pictures' captions."""
-        rows = [self._rows[n] for n in numbers]
+    def numbers(self, pictures: Sequence[int]) -> Tensor:
+        """Which of the distinct captions each of these pictures has, ``[len(pictures)]``."""
+        return torch.tensor([self._rows[n] for n in pictures]).to(self._ids.device)
+
+    def embed(self, numbers: Tensor) -> Tensor:
+        """Embeddings ``[len(numbers), L, D]`` of captions by `numbers`."""
         if self._cached is not None:
-            return self._cached[rows]
-        embeddings: Tensor = self._text_encoder(self._ids[rows])[0]
+            return self._cached[numbers]
+        embeddings: Tensor = self._text_encoder(self._ids[numbers])[0]
         return embeddings

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,11 @@ from svdiff import TrainConfig, train
 from svdiff.data import find_pictures
 from svdiff.outputs import RUN_FILE
 from tiny import RESOLUTION
-from torch import Tensor
+from torch import Tensor, nn
 
 from svdiff_kernels import SVDiffError
 
+train_module = import_module("svdiff.train")  # whose name in the package is the function
 SHIFTS, TEXT_SHIFTS = "spectral_shifts.safetensors", "spectral_shifts_te.safetensors"
 
 
@@ -154,6 +157,51 @@ def test_gradient_checkpointing_trains_the_same(config: TrainConfig, tmp_path: P
             torch.testing.assert_close(two[key], t, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("steps", [1, 2], ids=["", "accumulated"])
+def test_a_graphed_step_trains_the_same(
+    config: TrainConfig, tmp_path: Path, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a graph that runs what it recorded: batches, gradients and loss go through the same tensors in each step."""
+    recorded = []
+
+    def capture(run: Callable[[], Tensor], *, warmups: int) -> Callable[[], Tensor]:
+        for _ in range(warmups):
+            run()
+        recorded.append(run)
+        return run
+
+    config = replace(config, gradient_accumulation_steps=steps, train_text_encoder=True)
+    plain = train(replace(config, output_dir=str(tmp_path / "plain")))
+    monkeypatch.setattr("svdiff.graphs.capture", capture)
+    monkeypatch.setattr(train_module, "_has_cuda", lambda: True)
+    graphed = train(replace(config, output_dir=str(tmp_path / "graphed"), cuda_graphs=True))
+    assert len(recorded) == 1
+    assert graphed.losses == plain.losses
+    assert same(shifts(plain.output_dir), shifts(graphed.output_dir))
+
+
+@pytest.mark.gpu
+def test_a_graphed_step_on_a_gpu(config: TrainConfig, tmp_path: Path) -> None:
+    plain = train(replace(config, output_dir=str(tmp_path / "plain")))
+    graphed = train(replace(config, output_dir=str(tmp_path / "graphed"), cuda_graphs=True))
+    assert graphed.losses == pytest.approx(plain.losses, rel=1e-3)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_compiled_unet_trains_the_same(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = []
+
+    def compile_eagerly(module: nn.Module, *, mode: str) -> None:
+        modes.append(mode)
+        module._compiled_call_impl = torch.compile(module._call_impl, backend="aot_eager", fullgraph=True)
+
+    plain = train(replace(config, output_dir=str(tmp_path / "plain")))
+    monkeypatch.setattr(nn.Module, "compile", compile_eagerly)
+    compiled = train(replace(config, output_dir=str(tmp_path / "compiled"), compile="reduce-overhead"))
+    assert modes == ["reduce-overhead"]
+    assert compiled.losses == pytest.approx(plain.losses, rel=1e-4)
+
+
 def test_bf16_keeps_shifts_in_fp32(config: TrainConfig, tmp_path: Path) -> None:
     result = train(replace(config, mixed_precision="bf16", train_text_encoder=True))
     assert all(t.dtype == torch.float32 for t in shifts(tmp_path / "run").values())
@@ -210,6 +258,22 @@ def test_mistakes_leave_nothing(config: TrainConfig, changes: dict[str, Any], me
     with pytest.raises(SVDiffError, match=message):
         train(replace(config, **changes))
     assert not [p for p in Path(config.output_dir).parent.iterdir() if p.name != "factor-cache"]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "changes", "message"),
+    [
+        (False, {}, "cuda_graphs needs an NVIDIA GPU"),
+        (True, {"compile": "default"}, "cuda_graphs and compile"),
+        (True, {"gradient_checkpointing": True}, "cuda_graphs and gradient_checkpointing"),
+    ],
+)
+def test_when_a_step_cannot_be_graphed(
+    config: TrainConfig, gpu: bool, changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_module, "_has_cuda", lambda: gpu)
+    with pytest.raises(SVDiffError, match=message):
+        train(replace(config, cuda_graphs=True, **changes))
 
 
 def test_fp16_needs_an_accelerator(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
