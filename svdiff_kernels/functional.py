@@ -15,7 +15,16 @@ from torch import Tensor
 
 from . import backends
 from .factors import factor_dtype
-from .ops import expand, expand_backward, frozen_conv2d, frozen_conv2d_backward, frozen_linear, is_half, linear
+from .ops import (
+    expand,
+    expand_backward,
+    frozen_conv2d,
+    frozen_conv2d_backward,
+    frozen_linear,
+    is_half,
+    linear,
+    linear_backward,
+)
 
 IntPair = int | tuple[int, ...]
 
@@ -248,22 +257,24 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         U, gain, Vh, kept = ctx.saved_tensors
         need_dx, *_, need_dbias = ctx.needs_input_grad[:5]
-        scale = _rows(gain)
-        dx = None
+        scale, alpha = _rows(gain), ctx.alpha
         if ctx.geometry is None:
             rows = dy
-            dz, dgain = expand_backward(dy, kept, U, scale, need_dx)
-            if need_dx:
-                dx = frozen_linear(dz, Vh.T, alpha=ctx.alpha)
+            dx, dgain = linear_backward(dy, kept, U, scale, Vh, alpha=alpha, scaled=ctx.scaled, need_dx=need_dx)
         else:
             rows = _as_rows_of_pixels(dy)
-            dz, dgain = expand_backward(rows, kept, U, scale * ctx.alpha, need_dx)
+            dx, dgain = expand_backward(rows, kept, U, scale if alpha == 1 else scale * alpha, need_dx)
             if need_dx:
-                dx = frozen_conv2d_backward(_as_image(dz, dy.shape[2:]), Vh, ctx.size, *ctx.geometry)
-        if ctx.scaled and kept is not None:
-            dgain = torch.where(scale > 0, dgain / scale, 0)
+                dx = frozen_conv2d_backward(_as_image(dx, dy.shape[2:]), Vh, ctx.size, *ctx.geometry)
         dbias = rows.flatten(0, -2).sum(0) if need_dbias else None
-        return dx, None, None if kept is None else dgain.view_as(gain), None, dbias, None, None, None
+        return (
+            (dx if need_dx else None),
+            None,
+            (dgain.view_as(gain) if kept is not None else None),
+            None,
+            dbias,
+            *(None,) * 3,
+        )
 
 
 def _for_conv(x: Tensor, dtype: torch.dtype, alpha: float) -> Tensor:

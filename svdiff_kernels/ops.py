@@ -41,6 +41,11 @@ library.define(
     "linear(Tensor x, Tensor U, Tensor scale, Tensor Vh, Tensor? bias, float alpha, bool scaled) -> (Tensor, Tensor)",
     tags=_TAGS,
 )
+library.define(
+    "linear_backward(Tensor dy, Tensor? kept, Tensor U, Tensor scale, Tensor Vh, float alpha, bool scaled, "
+    "bool need_dx) -> (Tensor, Tensor)",
+    tags=_TAGS,
+)
 
 
 def expand(
@@ -143,20 +148,42 @@ def frozen_conv2d_backward(
 def linear(
     x: Tensor, U: Tensor, scale: Tensor, Vh: Tensor, bias: Tensor | None, *, alpha: float = 1.0, scaled: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """A whole layer, ``y = (scale[sample] * z) @ U.T + bias`` with ``z = alpha * x @ Vh.T``; it has no gradient.
+    """A whole layer, ``y = (scale[sample] * z) @ U.T + bias`` with ``z = alpha * x @ Vh.T``, without a graph.
 
     Args:
         x: ``[*, N]``.
         U, scale, bias: see `expand`. The factors may be in fp16 with x in bf16.
         Vh: ``[r, N]``, in U's dtype.
         alpha: see `frozen_linear`.
-        scaled: what to keep for `expand_backward`. Keeping the scaled z lets the first product scale it on its way
-            out, but dscale is then ``column sums / scale``, for a scale whose gradient is zero where it is zero itself.
+        scaled: what to keep for `linear_backward`. Keeping the scaled z lets the first product scale it on its way out,
+            but dscale is then ``column sums / scale``, for a scale whose gradient is zero where it is not positive.
 
     Returns:
         y ``[*, M]`` in x's dtype, and z, times scale if `scaled`, ``[*, r]`` in Vh's dtype.
     """
     return torch.ops.svdiff.linear.default(x, U, scale, Vh, bias, alpha, scaled)
+
+
+def linear_backward(
+    dy: Tensor,
+    kept: Tensor | None,
+    U: Tensor,
+    scale: Tensor,
+    Vh: Tensor,
+    *,
+    alpha: float = 1.0,
+    scaled: bool = False,
+    need_dx: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `linear`: ``(dx, dscale)``, each empty where it is not wanted; dscale is wanted if kept is given.
+
+    Args:
+        dy: ``[*, M]``.
+        kept: what `linear` returned besides y.
+        U, scale, Vh, alpha, scaled: as they were given to `linear`.
+        need_dx: whether dx is wanted; it is in dy's dtype.
+    """
+    return torch.ops.svdiff.linear_backward.default(dy, kept, U, scale, Vh, alpha, scaled, need_dx)
 
 
 def columns_dense(z: Tensor) -> bool:
@@ -233,6 +260,14 @@ def _linear_fake(
     x: Tensor, U: Tensor, scale: Tensor, Vh: Tensor, bias: Tensor | None, alpha: float, scaled: bool
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(*x.shape[:-1], U.shape[0]), x.new_empty(*x.shape[:-1], Vh.shape[0], dtype=Vh.dtype)
+
+
+@torch.library.register_fake("svdiff::linear_backward", lib=library)
+def _linear_backward_fake(
+    dy: Tensor, kept: Tensor | None, U: Tensor, scale: Tensor, Vh: Tensor, alpha: float, scaled: bool, need_dx: bool
+) -> tuple[Tensor, Tensor]:
+    dx = dy.new_empty(*dy.shape[:-1], Vh.shape[1]) if need_dx else dy.new_empty(0)
+    return dx, scale.new_empty(scale.shape if kept is not None else 0)
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:

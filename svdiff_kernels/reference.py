@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input
 
 from . import ops
-from .ops import columns_dense, library, memory_format_of
+from .ops import columns_dense, is_half, library, memory_format_of
 
 _TILE = 2**20
 """Most elements of a half-precision weight that are held in fp32 at a time."""
@@ -83,6 +83,9 @@ def frozen_conv2d(
     dtype, geometry = dtype or x.dtype, (stride, padding, dilation)
     if x.dtype == weight.dtype == dtype:
         y = F.conv2d(x, weight, bias, *geometry)
+    elif x.is_cuda and is_half(x.dtype) and is_half(weight.dtype) and dtype == torch.float32:
+        y = _conv2d_by_fp16(x, weight, geometry)
+        y = y if bias is None else y.add_(bias[:, None, None])
     else:
         with torch.autocast(x.device.type, enabled=False):
             y = torch.cat([F.conv2d(x.float(), tile.float(), None, *geometry) for tile in _tiles(weight)], dim=1)
@@ -113,11 +116,32 @@ def linear(
     return ops.expand(z, U, scale, bias, dtype=x.dtype), _scaled(z, scale) if scaled else z
 
 
+def linear_backward(
+    dy: Tensor, kept: Tensor | None, U: Tensor, scale: Tensor, Vh: Tensor, alpha: float, scaled: bool, need_dx: bool
+) -> tuple[Tensor, Tensor]:
+    """See `ops.linear_backward`."""
+    dz, dscale = ops.expand_backward(dy, kept, U, scale, need_dx)
+    if scaled and kept is not None:
+        dscale = torch.where(scale > 0, dscale / scale, 0)
+    return ops.frozen_linear(dz, Vh.T, alpha=alpha) if need_dx else dz, dscale
+
+
+def _conv2d_by_fp16(x: Tensor, weight: Tensor, geometry: Sequence[Sequence[int]]) -> Tensor:
+    """A convolution of half precisions with a result in fp32, for GPUs, whose vendors' convolutions do not mix types.
+
+    In fp16 it is rounded eight times finer than in bf16, and a power of two keeps larger x in range.
+    """
+    alpha = 1.0 if x.dtype == torch.float16 else 2.0**-6
+    narrow = torch.mul(x, alpha, out=torch.empty_like(x, dtype=torch.float16))
+    stride, padding, dilation = geometry
+    return F.conv2d(narrow, weight.half(), None, stride, padding, dilation).float().div_(alpha)
+
+
 def _tiles(weight: Tensor) -> tuple[Tensor, ...]:
     """The weight in blocks of output rows, never more than a quarter of it at a time."""
     rows = min(_TILE // max(1, weight[0].numel()), -(-weight.shape[0] // 4))
     return weight.split(max(1, rows))
 
 
-for _op in (expand, expand_backward, frozen_linear, frozen_conv2d, frozen_conv2d_backward, linear):
+for _op in (expand, expand_backward, frozen_linear, frozen_conv2d, frozen_conv2d_backward, linear, linear_backward):
     library.impl(_op.__name__, _op, "CompositeExplicitAutograd")
