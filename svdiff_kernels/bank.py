@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .errors import SVDiffError
 from .nn import SpectralModule, keep_wide
+from .ops import gains, gains_backward
 
 TRAINED = "default"
 """The adapter that trains; all others are frozen."""
@@ -165,8 +166,8 @@ class Bank(nn.Module):
     def refresh(self) -> None:
         """Compute all gains and hand each layer its slice."""
         deltas = [p for name in self._names for p in self.parameters_of(name)]
-        gains = _Gains.apply(self.base, self.floor, self.mix, *deltas).split(self._sizes, dim=-1)
-        for layer, gain in zip(self._layers.values(), gains, strict=True):
+        slices = _Gains.apply(self.base, self.floor, self.mix, *deltas).split(self._sizes, dim=-1)
+        for layer, gain in zip(self._layers.values(), slices, strict=True):
             layer._bank_gain = gain
         if not torch.compiler.is_compiling():
             self._fresh_for = self._state()
@@ -242,9 +243,7 @@ def _check_layers(layers: Mapping[str, SpectralModule]) -> None:
 
 
 class _Gains(torch.autograd.Function):
-    """``max(base + sum of mix[a] * delta[a], floor)``; the gradient is zero where the floor holds, ties included.
-
-    mix is ``[A]``, or ``[S, A]`` for S samples; so the result is ``[R]`` or ``[S, R]``.
+    """`ops.gains` with its gradient.
 
     What the backward pass needs stays on ctx, not among the saved tensors that a first backward() frees: several
     losses may share one refresh and be differentiated one after the other.
@@ -252,19 +251,15 @@ class _Gains(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, base: Tensor, floor: Tensor, mix: Tensor, *deltas: Tensor) -> Tensor:
-        gain = base
-        for a, (matrices, one_dim) in enumerate(zip(deltas[::2], deltas[1::2], strict=True)):
-            gain = torch.addcmul(gain, mix[..., a, None], torch.cat([matrices, one_dim]))
-        ctx.held = gain <= floor
+        gain, ctx.held = gains(base, floor, mix, deltas)
         ctx.mix, ctx.split = mix.clone(), deltas[0].shape[0]
-        return torch.where(ctx.held, floor, gain)
+        return gain
 
     @staticmethod
     def backward(ctx: Any, dgain: Tensor) -> tuple[Tensor | None, ...]:
-        dgain = dgain.masked_fill(ctx.held, 0)
+        needed = ctx.needs_input_grad[3::2]
+        rows = iter(gains_backward(dgain, ctx.held, ctx.mix, [a for a, wanted in enumerate(needed) if wanted]))
         grads: list[Tensor | None] = []
-        for i, needed in enumerate(ctx.needs_input_grad[3::2]):
-            d = dgain * ctx.mix[..., i, None] if needed else None
-            d = d.sum(0) if d is not None and d.dim() == 2 else d
-            grads += [None, None] if d is None else [d[: ctx.split], d[ctx.split :]]
+        for wanted in needed:
+            grads += next(rows).split([ctx.split, dgain.shape[-1] - ctx.split]) if wanted else [None, None]
         return None, None, None, *grads

@@ -46,6 +46,8 @@ library.define(
     "bool need_dx) -> (Tensor, Tensor)",
     tags=_TAGS,
 )
+library.define("gains(Tensor base, Tensor floor, Tensor mix, Tensor[] deltas) -> (Tensor, Tensor)", tags=_TAGS)
+library.define("gains_backward(Tensor dgain, Tensor held, Tensor mix, int[] adapters) -> Tensor", tags=_TAGS)
 
 
 def expand(
@@ -186,6 +188,32 @@ def linear_backward(
     return torch.ops.svdiff.linear_backward.default(dy, kept, U, scale, Vh, alpha, scaled, need_dx)
 
 
+def gains(base: Tensor, floor: Tensor, mix: Tensor, deltas: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """``max(base + sum of mix[a] * delta_a, floor)``: the gains of a whole model, see `bank.Bank`; without a graph.
+
+    Args:
+        base: ``[R]``, fp32 or fp64, as all others.
+        floor: ``[R]``.
+        mix: ``[A]``, or ``[S, A]`` for S samples.
+        deltas: of each adapter the shifts of its matrices, and those of its 1-D weights; together ``[R]``.
+
+    Returns:
+        The gains ``[R]``, or ``[S, R]``, and whether the floor holds them (ties included), likewise.
+    """
+    return torch.ops.svdiff.gains.default(base, floor, mix, deltas)
+
+
+def gains_backward(dgain: Tensor, held: Tensor, mix: Tensor, adapters: Sequence[int]) -> Tensor:
+    """Gradients of `gains`, zero where the floor held: ``[len(adapters), R]``, of the adapters with these numbers.
+
+    Args:
+        dgain: ``[R]`` or ``[S, R]``, any strides.
+        held, mix: from and to `gains`.
+        adapters: whose gradients are wanted.
+    """
+    return torch.ops.svdiff.gains_backward.default(dgain, held, mix, adapters)
+
+
 def columns_dense(z: Tensor) -> bool:
     """Is z ``[B, P, r]`` with neighbouring rows, not columns, next to one another (NCHW)?"""
     return z.dim() == 3 and z.stride(1) == 1 and z.stride(2) != 1
@@ -268,6 +296,17 @@ def _linear_backward_fake(
 ) -> tuple[Tensor, Tensor]:
     dx = dy.new_empty(*dy.shape[:-1], Vh.shape[1]) if need_dx else dy.new_empty(0)
     return dx, scale.new_empty(scale.shape if kept is not None else 0)
+
+
+@torch.library.register_fake("svdiff::gains", lib=library)
+def _gains_fake(base: Tensor, floor: Tensor, mix: Tensor, deltas: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    shape = (*mix.shape[:-1], base.shape[0])
+    return base.new_empty(shape), base.new_empty(shape, dtype=torch.bool)
+
+
+@torch.library.register_fake("svdiff::gains_backward", lib=library)
+def _gains_backward_fake(dgain: Tensor, held: Tensor, mix: Tensor, adapters: Sequence[int]) -> Tensor:
+    return dgain.new_empty(len(adapters), dgain.shape[-1])
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:

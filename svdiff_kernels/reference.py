@@ -126,6 +126,23 @@ def linear_backward(
     return ops.frozen_linear(dz, Vh.T, alpha=alpha) if need_dx else dz, dscale
 
 
+def gains(base: Tensor, floor: Tensor, mix: Tensor, deltas: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """See `ops.gains`."""
+    gain = base
+    for a, (matrices, one_dim) in enumerate(zip(deltas[::2], deltas[1::2], strict=True)):
+        gain = torch.addcmul(gain, mix[..., a, None], torch.cat([matrices, one_dim]))
+    held = gain <= floor
+    return torch.where(held, floor, gain), held
+
+
+def gains_backward(dgain: Tensor, held: Tensor, mix: Tensor, adapters: Sequence[int]) -> Tensor:
+    """See `ops.gains_backward`."""
+    dgain = dgain.masked_fill(held, 0).view(-1, dgain.shape[-1])
+    weights = mix.view(-1, mix.shape[-1])
+    grads = [(dgain * weights[:, a, None]).sum(0) for a in adapters]
+    return torch.stack(grads) if grads else dgain.new_empty(0, dgain.shape[-1])
+
+
 def _conv2d_by_fp16(x: Tensor, weight: Tensor, geometry: Sequence[Sequence[int]]) -> Tensor:
     """A convolution of half precisions with a result in fp32, for GPUs, whose vendors' convolutions do not mix types.
 
@@ -143,5 +160,15 @@ def _tiles(weight: Tensor) -> tuple[Tensor, ...]:
     return weight.split(max(1, rows))
 
 
-for _op in (expand, expand_backward, frozen_linear, frozen_conv2d, frozen_conv2d_backward, linear, linear_backward):
+for _op in (
+    expand,
+    expand_backward,
+    frozen_linear,
+    frozen_conv2d,
+    frozen_conv2d_backward,
+    linear,
+    linear_backward,
+    gains,
+    gains_backward,
+):
     library.impl(_op.__name__, _op, "CompositeExplicitAutograd")
