@@ -12,7 +12,7 @@ from .product import product
 from .tiles import LEAST_ROWS, as_images, autotuned, bucket, precision, tile_of
 
 
-@autotuned("P_bucket", "M", "R", "stride_dp", rows="P", columns="R", inner="M", operand="U_ptr")
+@autotuned("P_bucket", "M", "R", "stride_dp", sizes=("BLOCK_P", "BLOCK_R", "BLOCK_M"), operand="U_ptr")
 @triton.jit(do_not_specialize=["P_bucket"])
 def _expand_bwd_kernel(
     dy_ptr,
