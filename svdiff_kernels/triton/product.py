@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import HALF, autotuned, bucket, of_member, precision, processors, tile_of, types_of
+from .tiles import HALF, autotuned, bucket, of_member, precision, processors, rounded, tile_of, types_of
 
 _SPAN = 128  # a multiple of every tile's inner length, so that splits do not overlap
 BLOCK = 1024
@@ -56,7 +56,7 @@ def _add_product(
             b_x = b_x.to(tl.float32) * b_scale[None, :]
         if HAS_ALPHA:  # before x is rounded: bf16 reaches further than fp16
             b_x = b_x.to(tl.float32) * alpha
-        b_y = tl.dot(b_x.to(COMPUTE), b_W.to(COMPUTE), b_y, input_precision=PRECISION)
+        b_y = tl.dot(rounded(b_x, COMPUTE), rounded(b_W, COMPUTE), b_y, input_precision=PRECISION)
         p_x += BLOCK_K * stride_xk
         p_W += BLOCK_K * stride_wk
         o_k += BLOCK_K

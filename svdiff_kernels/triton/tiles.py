@@ -54,6 +54,12 @@ def of_member(values, member):
     return value
 
 
+@triton.jit
+def rounded(b, TYPE: tl.constexpr):
+    """b in a type, by way of fp32: from one half precision to another, Hopper converts single numbers, slowly."""
+    return b if b.dtype == TYPE else b.to(tl.float32).to(TYPE)
+
+
 def autotuned(
     *key: str, sizes: Sequence[str], operand: str, half: Tiles = HALF, full: Tiles = FULL
 ) -> Callable[[Any], Any]:
