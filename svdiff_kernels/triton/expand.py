@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -9,18 +11,18 @@ from torch import Tensor
 
 from ..ops import empty_rows_like
 from .product import product
-from .tiles import LEAST_ROWS, as_images, autotuned, bucket, precision, tile_of
+from .tiles import LEAST_ROWS, as_images, autotuned, bucket, of_member, precision, rounded, tile_of, types_of
 
 
-@autotuned("P_bucket", "M", "R", "stride_dp", rows="P", columns="R", inner="M", operand="U_ptr")
+@autotuned("P_bucket", "M", "R", "stride_dp", "TYPES", sizes=("BLOCK_P", "BLOCK_R", "BLOCK_M"), operand="U_ptrs")
 @triton.jit(do_not_specialize=["P_bucket"])
 def _expand_bwd_kernel(
-    dy_ptr,
-    z_ptr,
-    U_ptr,
-    scale_ptr,
-    dz_ptr,
-    partial_ptr,
+    dy_ptrs,
+    z_ptrs,
+    U_ptrs,
+    scale_ptrs,
+    dz_ptrs,
+    partial_ptrs,
     P,
     P_bucket,
     M,
@@ -40,40 +42,45 @@ def _expand_bwd_kernel(
     stride_gr,
     NEED_DZ: tl.constexpr,
     NEED_DSCALE: tl.constexpr,
+    TYPES: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """b = dy @ U of one tile; from it dz, and the column sums of z * b over the tile's rows."""
+    """b = dy @ U of one tile of one layer; from it dz, and the column sums of z * b over the tile's rows."""
+    member = tl.program_id(1)
     image, p_tile, r_tile = tile_of(tl.program_id(0), P, R, BLOCK_P, BLOCK_R, GROUP)
     o_p = (p_tile * BLOCK_P + tl.arange(0, BLOCK_P)).to(tl.int64)
     o_r = (r_tile * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     o_m = tl.arange(0, BLOCK_M)
     m_p, m_r = o_p < P, o_r < R
-    p_dy = dy_ptr + image * stride_db + o_p[:, None] * stride_dp + o_m[None, :] * stride_dm
-    p_U = U_ptr + o_m[:, None] * stride_um + o_r[None, :] * stride_ur
+    p_dy = of_member(dy_ptrs, member) + image * stride_db + o_p[:, None] * stride_dp + o_m[None, :] * stride_dm
+    p_U = of_member(U_ptrs, member) + o_m[:, None] * stride_um + o_r[None, :] * stride_ur
 
     b_b = tl.zeros((BLOCK_P, BLOCK_R), dtype=tl.float32)
     for m in range(0, M, BLOCK_M):
         m_m = o_m < M - m
         b_dy = tl.load(p_dy, mask=m_p[:, None] & m_m[None, :], other=0.0)  # [BLOCK_P, BLOCK_M]
         b_U = tl.load(p_U, mask=m_m[:, None] & m_r[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
-        # Gradients may be too small for fp16: where U is in fp16 and dy in bf16, U is converted.
-        b_b = tl.dot(b_dy, b_U.to(b_dy.dtype), b_b, input_precision=PRECISION)
+        # Gradients may be too small for fp16: where U is in fp16 and dy in bf16, U is converted. wgmma wants it back in
+        # shared memory for that. The transposed product would take it from registers; but ptxas makes its wgmma wait
+        # for one another, and Blackwell reads U in single words, so that it is not used.
+        b_b = tl.dot(b_dy, rounded(b_U, b_dy.dtype), b_b, input_precision=PRECISION)
         p_dy += BLOCK_M * stride_dm
         p_U += BLOCK_M * stride_um
     m_pr = m_p[:, None] & m_r[None, :]
     if NEED_DSCALE:
-        p_z = z_ptr + image * stride_zb + o_p[:, None] * stride_zp + o_r[None, :] * stride_zr
+        p_z = of_member(z_ptrs, member) + image * stride_zb + o_p[:, None] * stride_zp + o_r[None, :] * stride_zr
         b_z = tl.load(p_z, mask=m_pr, other=0.0).to(tl.float32)  # [BLOCK_P, BLOCK_R]
         row = image * tl.cdiv(P, BLOCK_P) + p_tile
-        tl.store(partial_ptr + row * R + o_r, tl.sum(b_z * b_b, axis=0), mask=m_r)
+        tl.store(of_member(partial_ptrs, member) + row * R + o_r, tl.sum(b_z * b_b, axis=0), mask=m_r)
     if NEED_DZ:
-        b_scale = tl.load(scale_ptr + image // images * stride_ss + o_r, mask=m_r, other=0.0)
-        p_dz = dz_ptr + image * stride_gb + o_p[:, None] * stride_gp + o_r[None, :] * stride_gr
-        tl.store(p_dz, (b_b * b_scale[None, :]).to(dz_ptr.dtype.element_ty), mask=m_pr)
+        p_scale = of_member(scale_ptrs, member) + image // images * stride_ss
+        b_scale = tl.load(p_scale + o_r, mask=m_r, other=0.0)
+        p_dz = of_member(dz_ptrs, member) + image * stride_gb + o_p[:, None] * stride_gp + o_r[None, :] * stride_gr
+        tl.store(p_dz, (b_b * b_scale[None, :]).to(p_dz.dtype.element_ty), mask=m_pr)
 
 
 def expand(z: Tensor, U: Tensor, scale: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
@@ -87,39 +94,48 @@ def expand(z: Tensor, U: Tensor, scale: Tensor, bias: Tensor | None = None, dtyp
 
 def expand_backward(dy: Tensor, z: Tensor | None, U: Tensor, scale: Tensor, need_dz: bool) -> tuple[Tensor, Tensor]:
     """Gradients of `expand`, see `reference.expand_backward`; the same bits every time with the same tile."""
-    S, R = scale.shape
-    M = U.shape[0]
-    dz = empty_rows_like(dy, R) if need_dz else dy.new_empty(0)
-    if dy.numel() == 0:
-        return dz, scale.new_zeros(scale.shape if z is not None else 0)
-    di = as_images(dy, S)
-    B, P, _ = di.shape
-    zi = di if z is None else z.reshape(B, P, R)  # a view, unless z is of one layout and dy of the other
-    gi = as_images(dz, S) if need_dz else di
+    dz, dscale = expand_backwards([dy], None if z is None else [z], [U], [scale], need_dz)
+    return dz[0], dscale[0]
+
+
+def expand_backwards(
+    dy: Sequence[Tensor], z: Sequence[Tensor] | None, U: Sequence[Tensor], scale: Sequence[Tensor], need_dz: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """`expand_backward` of every layer of a group, whose shapes, strides and types agree: ``(dz, dscale)`` of each."""
+    S, R = scale[0].shape
+    M = U[0].shape[0]
+    dz = [empty_rows_like(d, R) if need_dz else d.new_empty(0) for d in dy]
+    if dy[0].numel() == 0:
+        return dz, [s.new_zeros(s.shape if z is not None else 0) for s in scale]
+    di = [as_images(d, S) for d in dy]
+    B, P, _ = di[0].shape
+    zi = di if z is None else [z_.reshape(B, P, R) for z_ in z]  # views, unless z is of one layout and dy of the other
+    gi = [as_images(d, S) for d in dz] if need_dz else di
     rows = triton.cdiv(P, LEAST_ROWS)  # at most so many tiles to an image
-    partial = scale.new_empty(B * rows * R if z is not None else 0)
-    _expand_bwd_kernel[lambda tile: (B * triton.cdiv(P, tile["BLOCK_P"]) * triton.cdiv(R, tile["BLOCK_R"]),)](
-        di,
-        zi,
-        U,
-        scale,
-        gi,
-        partial,
+    partial = scale[0].new_empty(len(dy), B * rows * R if z is not None else 0)
+    _expand_bwd_kernel[lambda tile: (B * triton.cdiv(P, tile["BLOCK_P"]) * triton.cdiv(R, tile["BLOCK_R"]), len(dy))](
+        tuple(di),
+        tuple(zi),
+        tuple(U),
+        tuple(scale),
+        tuple(gi),
+        tuple(partial.unbind()),
         P,
         bucket(P),
         M,
         R,
         B // S,
-        *di.stride(),
-        *zi.stride(),
-        *U.stride(),
-        scale.stride(0),
-        *gi.stride(),
+        *di[0].stride(),
+        *zi[0].stride(),
+        *U[0].stride(),
+        scale[0].stride(0),
+        *gi[0].stride(),
         NEED_DZ=need_dz,
         NEED_DSCALE=z is not None,
+        TYPES=types_of(di[0], zi[0], U[0]),
         PRECISION=precision(),
     )
     if z is None:
-        return dz, scale.new_empty(0)
+        return dz, [s.new_empty(0) for s in scale]
     tiles = B * triton.cdiv(P, _expand_bwd_kernel.best_config.kwargs["BLOCK_P"])
-    return dz, partial[: tiles * R].view(S, tiles // S, R).sum(1)
+    return dz, list(partial[:, : tiles * R].view(len(dy), S, tiles // S, R).sum(2).unbind())

@@ -13,8 +13,11 @@ from torch import Tensor
 
 from ..ops import columns_dense
 
-# (rows, columns, inner, warps, stages) of a tile for half precision; the first runs where nothing is tuned.
-_HALF = (
+Tiles = tuple[tuple[int, ...], ...]
+"""The sizes of a tile by dimension, warps, stages; the first runs where nothing is tuned."""
+
+# (rows, columns, inner) in half precision.
+HALF: Tiles = (
     (64, 64, 128, 4, 3),
     (128, 128, 64, 8, 3),
     (128, 64, 64, 4, 4),
@@ -23,9 +26,8 @@ _HALF = (
     (32, 64, 64, 4, 4),
     (16, 64, 64, 4, 4),
 )
-_LARGEST = (128, 256, 64, 8, 3)  # for kernels that have registers to spare
-# For fp32, whose IEEE products run on the ordinary cores: larger tiles spill registers.
-_FULL = ((32, 64, 32, 4, 3), (64, 64, 32, 8, 3), (16, 32, 64, 4, 3))
+# In fp32, whose IEEE products run on the ordinary cores: larger tiles spill registers.
+FULL: Tiles = ((32, 64, 32, 4, 3), (64, 64, 32, 8, 3), (16, 32, 64, 4, 3))
 _GROUP = 8
 LEAST_ROWS = 16
 """Of any tile."""
@@ -43,32 +45,46 @@ def tile_of(pid, rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.cons
     return image.to(tl.int64), first + inside % size, inside // size
 
 
+@triton.jit
+def of_member(values, member):
+    """``values[member]`` of pointers or numbers that came as a tuple, one for each layer of a group."""
+    value = values[0]
+    for i in tl.static_range(1, len(values)):
+        value = tl.where(member == i, values[i], value)
+    return value
+
+
+@triton.jit
+def rounded(b, TYPE: tl.constexpr):
+    """b in a type, by way of fp32: from one half precision to another, Hopper converts single numbers, slowly."""
+    return b if b.dtype == TYPE else b.to(tl.float32).to(TYPE)
+
+
 def autotuned(
-    *key: str, rows: str, columns: str, inner: str, operand: str, largest: bool = False
+    *key: str, sizes: Sequence[str], operand: str, half: Tiles = HALF, full: Tiles = FULL
 ) -> Callable[[Any], Any]:
-    """Tune a product over tiles ``BLOCK_<rows>`` x ``BLOCK_<columns>``, anew for each value of the arguments in `key`.
+    """Tune a kernel over tiles of the named sizes, anew for each value of the arguments in `key`.
 
     What was found stays in Triton's cache on disk. ``SVDIFF_AUTOTUNE=0`` takes the first tile unseen, for runs that
-    must repeat to the bit; so does Triton's interpreter. `operand` names the matrix whose type tells fp32 from half
-    precision.
+    must repeat to the bit; so does Triton's interpreter. `operand` names the matrix, or the tuple of matrices, whose
+    type tells fp32 from half precision.
     """
-    names = [f"BLOCK_{name}" for name in (rows, columns, inner)]
 
-    def configs(tiles: Sequence[tuple[int, ...]]) -> list[triton.Config]:
+    def configs(tiles: Tiles) -> list[triton.Config]:
         return [
-            triton.Config(
-                {**dict(zip(names, sizes, strict=False)), "GROUP": _GROUP}, num_warps=warps, num_stages=stages
-            )
-            for *sizes, warps, stages in tiles
+            triton.Config({**dict(zip(sizes, tile[:-2], strict=True)), "GROUP": _GROUP}, num_warps=warps, num_stages=n)
+            for tile in tiles
+            for warps, n in [tile[-2:]]
         ]
 
-    half_tiles, full_tiles = configs((*_HALF, _LARGEST) if largest else _HALF), configs(_FULL)
+    half_tiles, full_tiles = configs(half), configs(full)
 
     def tiles(*, full: bool) -> list[triton.Config]:
         return full_tiles if full else half_tiles
 
     def prune(_: list[triton.Config], arguments: Mapping[str, Any], **more: Any) -> list[triton.Config]:
-        mine = tiles(full=arguments[operand].dtype == torch.float32)
+        matrix = arguments[operand]
+        mine = tiles(full=(matrix[0] if isinstance(matrix, tuple) else matrix).dtype == torch.float32)
         fixed = triton.knobs.runtime.interpret or os.environ.get("SVDIFF_AUTOTUNE") == "0"
         return mine[:1] if fixed else mine
 
@@ -83,9 +99,19 @@ def autotuned(
     return tune
 
 
+def types_of(*tensors: Tensor) -> str:
+    """For the tuner's key: it sees the type of a tensor, but not of those in a tuple."""
+    return " ".join(str(t.dtype) for t in tensors)
+
+
 def bucket(rows: int) -> int:
     """Row counts that share a tuned tile: up to the next power of two."""
     return triton.next_power_of_2(rows)
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; of anything else, none to speak of."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def precision() -> str:
