@@ -77,6 +77,10 @@ def _register_triton(key: str) -> None:
     serve("expand", "expand", _is_for_triton)
     serve("expand_backward", "expand", _is_for_triton)
     serve("frozen_linear", "frozen", _is_mixed)
+    serve("linear", "linear", _is_for_triton)
+    serve("linear_backward", "linear", _is_for_triton)
+    serve("gains", "bank", _is_for_triton)
+    serve("gains_backward", "bank", _is_for_triton)
 
 
 def _is_for_triton(first: Tensor, *_: Any) -> bool:

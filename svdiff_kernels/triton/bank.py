@@ -79,7 +79,7 @@ def _gains_bwd_kernel(
 
 
 def gains(base: Tensor, floor: Tensor, mix: Tensor, deltas: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """What `bank._Gains` makes of dense fp32 tensors: ``(gain, held)``.
+    """See `ops.gains`, of dense fp32 tensors.
 
     Args:
         base: ``[R]``.
@@ -113,26 +113,13 @@ def gains(base: Tensor, floor: Tensor, mix: Tensor, deltas: Sequence[Tensor]) ->
     return gain, held
 
 
-def gains_backward(dgain: Tensor, held: Tensor, mix: Tensor, split: int, needed: Sequence[bool]) -> list[Tensor | None]:
-    """The gradients of `gains` for its deltas, in their order; None of an adapter that is not needed.
-
-    Args:
-        dgain: ``[R]`` or ``[S, R]``, any strides.
-        held: from `gains`.
-        mix: as it was given to `gains`.
-        split: how many of the R are of matrices.
-        needed: of each adapter.
-    """
+def gains_backward(dgain: Tensor, held: Tensor, mix: Tensor, adapters: Sequence[int]) -> Tensor:
+    """See `ops.gains_backward`; in fp32."""
     R = dgain.shape[-1]
     d, rows = dgain.view(-1, R) if dgain.dim() == 1 else dgain, mix.view(-1, mix.shape[-1])
-    grads: list[Tensor | None] = []
-    for a, wanted in enumerate(needed):
-        if not wanted:
-            grads += [None, None]
-            continue
-        grad = dgain.new_empty(R)
+    grads = dgain.new_empty(len(adapters), R)
+    for grad, a in zip(grads, adapters, strict=True):
         _gains_bwd_kernel[(triton.cdiv(R, BLOCK),)](
             d, held, rows[:, a], grad, len(rows), R, *d.stride(), rows.stride(0), BLOCK=BLOCK
         )
-        grads += [grad[:split], grad[split:]]
     return grads

@@ -13,6 +13,9 @@ from ..ops import empty_rows_like
 from .product import product
 from .tiles import LEAST_ROWS, as_images, autotuned, bucket, of_member, precision, rounded, tile_of, types_of
 
+SUM_BLOCK = (32, 64)
+"""Tiles and columns that a program of `_sum_tiles_kernel` adds up at a time."""
+
 
 @autotuned("P_bucket", "M", "R", "stride_dp", "TYPES", sizes=("BLOCK_P", "BLOCK_R", "BLOCK_M"), operand="U_ptrs")
 @triton.jit(do_not_specialize=["P_bucket"])
@@ -83,6 +86,34 @@ def _expand_bwd_kernel(
         tl.store(p_dz, (b_b * b_scale[None, :]).to(p_dz.dtype.element_ty), mask=m_pr)
 
 
+@triton.jit
+def _sum_tiles_kernel(
+    partial_ptrs,
+    scale_ptrs,
+    dscale_ptr,
+    S,
+    tiles,
+    R,
+    stride_ss,
+    UNSCALE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """dscale ``[layers, S, R]``: partial ``[S, tiles, R]`` of each layer summed over its tiles, in a fixed order."""
+    member, sample = tl.program_id(2), tl.program_id(1).to(tl.int64)
+    o_r, o_t = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_T)
+    m_r = o_r < R
+    p_partial = of_member(partial_ptrs, member) + (sample * tiles + o_t[:, None]) * R + o_r[None, :]
+    b_sum = tl.zeros((BLOCK_R,), dtype=tl.float32)
+    for t in range(0, tiles, BLOCK_T):
+        b_sum += tl.sum(tl.load(p_partial, mask=(o_t < tiles - t)[:, None] & m_r[None, :], other=0.0), axis=0)
+        p_partial += BLOCK_T * R
+    if UNSCALE:
+        b_scale = tl.load(of_member(scale_ptrs, member) + sample * stride_ss + o_r, mask=m_r, other=0.0)
+        b_sum = tl.where(b_scale > 0, b_sum / tl.where(b_scale > 0, b_scale, 1.0), 0.0)
+    tl.store(dscale_ptr + (member * S + sample) * R + o_r, b_sum, mask=m_r)
+
+
 def expand(z: Tensor, U: Tensor, scale: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """See `ops.expand`; not in fp64."""
     y = empty_rows_like(z, U.shape[0], dtype)
@@ -99,9 +130,18 @@ def expand_backward(dy: Tensor, z: Tensor | None, U: Tensor, scale: Tensor, need
 
 
 def expand_backwards(
-    dy: Sequence[Tensor], z: Sequence[Tensor] | None, U: Sequence[Tensor], scale: Sequence[Tensor], need_dz: bool
+    dy: Sequence[Tensor],
+    z: Sequence[Tensor] | None,
+    U: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    need_dz: bool,
+    *,
+    scaled: bool = False,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """`expand_backward` of every layer of a group, whose shapes, strides and types agree: ``(dz, dscale)`` of each."""
+    """`expand_backward` of every layer of a group, whose shapes, strides and types agree: ``(dz, dscale)`` of each.
+
+    With `scaled` what came as z is ``scale * z``: see `ops.linear`.
+    """
     S, R = scale[0].shape
     M = U[0].shape[0]
     dz = [empty_rows_like(d, R) if need_dz else d.new_empty(0) for d in dy]
@@ -138,4 +178,17 @@ def expand_backwards(
     if z is None:
         return dz, [s.new_empty(0) for s in scale]
     tiles = B * triton.cdiv(P, _expand_bwd_kernel.best_config.kwargs["BLOCK_P"])
-    return dz, list(partial[:, : tiles * R].view(len(dy), S, tiles // S, R).sum(2).unbind())
+    dscale = scale[0].new_empty(len(dy), S, R)
+    _sum_tiles_kernel[(triton.cdiv(R, SUM_BLOCK[1]), S, len(dy))](
+        tuple(partial.unbind()),
+        tuple(scale),
+        dscale,
+        S,
+        tiles // S,
+        R,
+        scale[0].stride(0),
+        UNSCALE=scaled,
+        BLOCK_T=SUM_BLOCK[0],
+        BLOCK_R=SUM_BLOCK[1],
+    )
+    return dz, list(dscale.unbind())

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops import columns_dense, empty_rows_like
+from .expand import expand_backwards
 from .product import product
 from .tiles import Tiles, as_images, autotuned, bucket, precision, processors, rounded, tile_of
 
@@ -146,6 +147,22 @@ def linear(
     y = empty_rows_like(x, M)
     product(ki, U, as_images(y, S), None if scaled else scale, bias, U.dtype)
     return y, kept
+
+
+def linear_backward(
+    dy: Tensor, kept: Tensor | None, U: Tensor, scale: Tensor, Vh: Tensor, alpha: float, scaled: bool, need_dx: bool
+) -> tuple[Tensor, Tensor]:
+    """See `ops.linear_backward`; not in fp64."""
+    given = None if kept is None else [kept]
+    (dz,), (dscale,) = expand_backwards([dy], given, [U], [scale], need_dx, scaled=scaled)
+    if not need_dx:
+        return dz, dscale
+    if dy.dtype == Vh.dtype and not columns_dense(dz):
+        return F.linear(dz, Vh.T) if alpha == 1 else F.linear(dz, Vh.T).mul_(alpha), dscale
+    dx = empty_rows_like(dz, Vh.shape[1])
+    if dx.numel():
+        product(as_images(dz, len(scale)), Vh.T, as_images(dx, len(scale)), None, None, dx.dtype, alpha=alpha)
+    return dx, dscale
 
 
 def fits_one_launch(B: int, P: int, N: int, R: int, M: int, processors: int) -> bool:

@@ -121,4 +121,7 @@ def precision() -> str:
 
 def as_images(t: Tensor, S: int) -> Tensor:
     """``[*, n]`` as ``[B, P, n]``, in which no image has rows of two samples; a view if t is dense."""
+    first = t.shape[0] if t.dim() > 1 else 1
+    if first % S:
+        raise ValueError(f"{S} samples do not split the first dimension, {first}, evenly")
     return t if columns_dense(t) else t.reshape(S, -1, t.shape[-1])

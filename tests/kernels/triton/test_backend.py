@@ -21,9 +21,12 @@ def python(*arguments: str, interpret: str = "1") -> subprocess.CompletedProcess
     return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True)
 
 
-def test_whole_layers_match_fp64() -> None:
-    chosen = "fp64_recomposition and float32 and (linear or conv)"
-    done = python("-m", "pytest", "tests/kernels/test_functional.py", "-k", chosen, "-p", "no:cacheprovider")
+@pytest.mark.parametrize(
+    ("file", "chosen"),
+    [("test_functional.py", "fp64_recomposition and float32 and (linear or conv)"), ("test_bank.py", "not compile and not casting")],
+)
+def test_whole_layers_and_models_behave_as_ever(file: str, chosen: str) -> None:
+    done = python("-m", "pytest", f"tests/kernels/{file}", "-k", chosen, "-p", "no:cacheprovider")
     assert done.returncode == 0, done.stdout[-2000:]
 
 
