@@ -7,6 +7,7 @@ computes for a whole model at once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from .ops import (
     is_half,
     linear,
     linear_backward,
+    linear_group,
+    linear_group_backward,
 )
 
 IntPair = int | tuple[int, ...]
@@ -219,6 +222,52 @@ def scaled_conv2d(
     if is_half(x.dtype):
         return (frozen_conv2d(x, weight, bias, stride, padding, dilation, dtype=torch.float32) + y).to(x.dtype)
     return frozen_conv2d(x, weight, bias, stride, padding, dilation, exact=True).add_(y)
+
+
+def scaled_linears(
+    x: Tensor,
+    U: Sequence[Tensor],
+    gain: Sequence[Tensor],
+    Vh: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    *,
+    alpha: Sequence[float],
+) -> list[Tensor]:
+    """`scaled_linear` of several layers with one input, in the factored form: in one launch a stage where a GPU serves.
+
+    Without one, or where shapes or types differ, each is called by itself.
+    """
+    if not backends.fuses(x.device.type) or len({(u.shape, v.shape, u.dtype) for u, v in zip(U, Vh, strict=True)}) > 1:
+        layers = zip(U, gain, Vh, bias, alpha, strict=True)
+        return [scaled_linear(x, u, g, v, b, alpha=a) for u, g, v, b, a in layers]
+    parts = [_autocast(x, u, v, b) for u, v, b in zip(U, Vh, bias, strict=True)]
+    x, (U, Vh, bias) = parts[0][0], zip(*(part[1:] for part in parts), strict=True)
+    return list(_Group.apply(x, tuple(alpha), *U, *gain, *Vh, *bias))
+
+
+class _Group(torch.autograd.Function):
+    """`scaled_linears` in one node of the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, alpha: tuple[float, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+        count = len(alpha)
+        U, gain, Vh, bias = (tensors[i * count : (i + 1) * count] for i in range(4))
+        if any(ctx.needs_input_grad[i] for i in (*range(2, 2 + count), *range(2 + 2 * count, 2 + 4 * count))):
+            raise ValueError("svdiff: U, Vh or a bias requires grad, but a group of layers has them frozen")
+        y, kept = linear_group(x, U, [_rows(g) for g in gain], Vh, bias, alpha=alpha, scaled=True)
+        ctx.alpha = alpha
+        ctx.save_for_backward(*U, *gain, *Vh, *kept)
+        return tuple(y)
+
+    @staticmethod
+    def backward(ctx: Any, *dy: Tensor) -> tuple[Tensor | None, ...]:
+        count = len(ctx.alpha)
+        U, gain, Vh, kept = (ctx.saved_tensors[i * count : (i + 1) * count] for i in range(4))
+        need_dx = ctx.needs_input_grad[0]
+        how: Any = {"alpha": ctx.alpha, "scaled": True, "need_dx": need_dx}
+        dx, dgain = linear_group_backward(dy, kept, U, [_rows(g) for g in gain], Vh, **how)
+        dgains = (d.view_as(g) for d, g in zip(dgain, gain, strict=True))
+        return dx if need_dx else None, None, *(None,) * count, *dgains, *(None,) * (2 * count)
 
 
 class _Layer(torch.autograd.Function):

@@ -1,8 +1,8 @@
 """The ops behind every spectral layer: their schemas, shapes and gradients. No arithmetic lives here.
 
 `expand` is what SVDiff adds to a network. Two are products with frozen weights, torch's own but for what they keep for
-the backward pass (the weight alone) and for how they sum half precision. `linear` is a whole layer, for backends that
-gain by seeing all of it.
+the backward pass (the weight alone) and for how they sum half precision. `linear` is a whole layer and `linear_group`
+several with one input, for backends that gain by seeing all of it. `gains` is the bank of a whole model.
 
 Implementations register themselves with torch's dispatcher: `reference.py` for every device, ``csrc/cpu`` over it for
 CPUs. Gradients are those of ``csrc/autograd.cpp``, or the same in Python from here where the extension is missing.
@@ -44,6 +44,16 @@ library.define(
 library.define(
     "linear_backward(Tensor dy, Tensor? kept, Tensor U, Tensor scale, Tensor Vh, float alpha, bool scaled, "
     "bool need_dx) -> (Tensor, Tensor)",
+    tags=_TAGS,
+)
+library.define(
+    "linear_group(Tensor x, Tensor[] U, Tensor[] scale, Tensor[] Vh, Tensor?[] bias, float[] alpha, bool scaled) "
+    "-> (Tensor[], Tensor[])",
+    tags=_TAGS,
+)
+library.define(
+    "linear_group_backward(Tensor[] dy, Tensor[] kept, Tensor[] U, Tensor[] scale, Tensor[] Vh, float[] alpha, "
+    "bool scaled, bool need_dx) -> (Tensor, Tensor[])",
     tags=_TAGS,
 )
 library.define("gains(Tensor base, Tensor floor, Tensor mix, Tensor[] deltas) -> (Tensor, Tensor)", tags=_TAGS)
@@ -188,6 +198,38 @@ def linear_backward(
     return torch.ops.svdiff.linear_backward.default(dy, kept, U, scale, Vh, alpha, scaled, need_dx)
 
 
+def linear_group(
+    x: Tensor,
+    U: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    Vh: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    *,
+    alpha: Sequence[float],
+    scaled: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """`linear` of several layers with the same input, shapes and types, such as an attention's q, k and v.
+
+    Of each layer there is one U, scale, Vh, bias and alpha; y and kept come likewise.
+    """
+    return torch.ops.svdiff.linear_group.default(x, U, scale, Vh, bias, alpha, scaled)
+
+
+def linear_group_backward(
+    dy: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    U: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    Vh: Sequence[Tensor],
+    *,
+    alpha: Sequence[float],
+    scaled: bool,
+    need_dx: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of `linear_group`: dx, the sum over the layers (empty unless need_dx), and dscale of each."""
+    return torch.ops.svdiff.linear_group_backward.default(dy, kept, U, scale, Vh, alpha, scaled, need_dx)
+
+
 def gains(base: Tensor, floor: Tensor, mix: Tensor, deltas: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """``max(base + sum of mix[a] * delta_a, floor)``: the gains of a whole model, see `bank.Bank`; without a graph.
 
@@ -296,6 +338,35 @@ def _linear_backward_fake(
 ) -> tuple[Tensor, Tensor]:
     dx = dy.new_empty(*dy.shape[:-1], Vh.shape[1]) if need_dx else dy.new_empty(0)
     return dx, scale.new_empty(scale.shape if kept is not None else 0)
+
+
+@torch.library.register_fake("svdiff::linear_group", lib=library)
+def _linear_group_fake(
+    x: Tensor,
+    U: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    Vh: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    alpha: Sequence[float],
+    scaled: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    pairs = [_linear_fake(x, u, s, v, None, 1.0, scaled) for u, s, v in zip(U, scale, Vh, strict=True)]
+    return [y for y, _ in pairs], [kept for _, kept in pairs]
+
+
+@torch.library.register_fake("svdiff::linear_group_backward", lib=library)
+def _linear_group_backward_fake(
+    dy: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    U: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    Vh: Sequence[Tensor],
+    alpha: Sequence[float],
+    scaled: bool,
+    need_dx: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    dx = dy[0].new_empty(*dy[0].shape[:-1], Vh[0].shape[1]) if need_dx else dy[0].new_empty(0)
+    return dx, [s.new_empty(s.shape) for s in scale]
 
 
 @torch.library.register_fake("svdiff::gains", lib=library)

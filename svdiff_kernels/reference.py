@@ -126,6 +126,40 @@ def linear_backward(
     return ops.frozen_linear(dz, Vh.T, alpha=alpha) if need_dx else dz, dscale
 
 
+def linear_group(
+    x: Tensor,
+    U: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    Vh: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    alpha: Sequence[float],
+    scaled: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """See `ops.linear_group`: one layer after another."""
+    layers = zip(U, scale, Vh, bias, alpha, strict=True)
+    pairs = [ops.linear(x, u, s, v, b, alpha=a, scaled=scaled) for u, s, v, b, a in layers]
+    return [y for y, _ in pairs], [kept for _, kept in pairs]
+
+
+def linear_group_backward(
+    dy: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    U: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    Vh: Sequence[Tensor],
+    alpha: Sequence[float],
+    scaled: bool,
+    need_dx: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """See `ops.linear_group_backward`."""
+    layers = zip(dy, kept, U, scale, Vh, alpha, strict=True)
+    pairs = [ops.linear_backward(*parts, alpha=a, scaled=scaled, need_dx=need_dx) for *parts, a in layers]
+    dx = pairs[0][0]
+    for part, _ in pairs[1:]:
+        dx = dx + part
+    return dx, [dscale for _, dscale in pairs]
+
+
 def gains(base: Tensor, floor: Tensor, mix: Tensor, deltas: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """See `ops.gains`."""
     gain = base
@@ -168,6 +202,8 @@ for _op in (
     frozen_conv2d_backward,
     linear,
     linear_backward,
+    linear_group,
+    linear_group_backward,
     gains,
     gains_backward,
 ):

@@ -23,7 +23,10 @@ def python(*arguments: str, interpret: str = "1") -> subprocess.CompletedProcess
 
 @pytest.mark.parametrize(
     ("file", "chosen"),
-    [("test_functional.py", "fp64_recomposition and float32 and (linear or conv)"), ("test_bank.py", "not compile and not casting")],
+    [
+        ("test_functional.py", "fp64_recomposition and float32 and (linear or conv)"),
+        ("test_bank.py", "not compile and not casting"),
+    ],
 )
 def test_whole_layers_and_models_behave_as_ever(file: str, chosen: str) -> None:
     done = python("-m", "pytest", f"tests/kernels/{file}", "-k", chosen, "-p", "no:cacheprovider")

@@ -17,7 +17,15 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 @pytest.mark.parametrize(("kept", "out"), [(F32, F32), (F16, F16), (BF16, BF16), (F16, BF16)], ids=str)
 @pytest.mark.usefixtures("guarded")
 def test_matches_fp64(
-    kept: torch.dtype, out: torch.dtype, N: int, M: int, r: int, lead: tuple[int, ...], S: int, scaled: bool, device: str
+    kept: torch.dtype,
+    out: torch.dtype,
+    N: int,
+    M: int,
+    r: int,
+    lead: tuple[int, ...],
+    S: int,
+    scaled: bool,
+    device: str,
 ) -> None:
     alpha = 0.25 if kept != out else 1.0
     z, dy = torch.randn(*lead, r), torch.randn(*lead, M).to(out)
