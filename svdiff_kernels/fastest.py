@@ -43,7 +43,11 @@ def fastest(op: str, candidates: Mapping[str, Callable[..., Any]], arguments: Se
 
 
 def _exactly(argument: Any) -> object:
-    return (argument.shape, argument.stride(), argument.dtype) if isinstance(argument, Tensor) else argument
+    return (
+        (argument.shape, argument.stride(), argument.dtype, argument.device)
+        if isinstance(argument, Tensor)
+        else argument
+    )
 
 
 def _key(op: str, arguments: Sequence[Any]) -> str:
