@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const Arguments<B, T> a)
     __syncthreads();
     for (int c = thread; c < width && first_column + c < a.r; c += blockDim.x * blockDim.y) {
       float sum = 0;
-      for (int y = 0; y < blockDim.y; ++y) {
+      for (unsigned y = 0; y < blockDim.y; ++y) {
         sum += shared[y * width + c];
       }
       a.partial[(sample * a.tiles + tile) * a.r + first_column + c] = sum;
@@ -171,8 +171,8 @@ Geometry geometry_of(const PointwiseParams& p) {
   } else {
     const int64_t rows = p.images * p.P;
     const int64_t vectors = ceil_div(p.r, N);
-    const int64_t spans = ceil_div(vectors, kThreads);
-    g.block.x = ceil_div(vectors, spans);
+    const int64_t spans = std::max<int64_t>(1, ceil_div(vectors, kThreads));
+    g.block.x = std::max<int64_t>(1, ceil_div(vectors, spans));
     g.block.y = kThreads / g.block.x;
     g.tile_rows = g.block.y * std::max<int64_t>(kLeastRows, ceil_div(rows, int64_t{g.block.y} * kMostTiles));
     g.tiles = ceil_div(rows, g.tile_rows);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "gemm.h"
+#include "pack.cuh"
 
 #include <cute/tensor.hpp>
 #include <cutlass/cutlass.h>
@@ -58,10 +59,6 @@ Stride packed(int64_t rows, int64_t columns, int64_t batches) {
 template <class... Sizes>
 bool fits_int(Sizes... sizes) {
   return ((sizes <= std::numeric_limits<int>::max()) && ...);
-}
-
-inline bool aligned(const void* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
 }
 
 template <class Device>
@@ -161,7 +158,7 @@ cudaError_t backward_with(const BackwardParams& p, const Allocate& allocate, cud
 template <class Traits>
 Tiles tiles_with(int64_t P, int64_t R) {
   constexpr int64_t rows = cute::size<0>(typename Traits::TileShape{}), columns = cute::size<1>(typename Traits::TileShape{});
-  return {(P + rows - 1) / rows, (R + columns - 1) / columns * columns};
+  return {ceil_div(P, rows), ceil_div(R, columns) * columns};
 }
 
 }  // namespace svdiff::cuda
