@@ -92,19 +92,29 @@ def wanted_architectures(nvcc: Nvcc) -> list[str]:
     return asked or [*nvcc.architectures[:-1], f"{nvcc.architectures[-1]}+PTX"]
 
 
+def is_architecture(name: str) -> bool:
+    """Is it a number such as "8.0", "9.0a" or "12.0+PTX"?"""
+    return re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name) is not None
+
+
+def number(architecture: str) -> float:
+    """9.0 for "9.0a"."""
+    return float(re.sub(r"[af]?(\+PTX)?$", "", architecture))
+
+
 def target(architecture: str) -> str:
     """An architecture as nvcc's -gencode names it."""
-    number = architecture.removesuffix("+PTX").replace(".", "")
-    code = f"[sm_{number},compute_{number}]" if architecture.endswith("+PTX") else f"sm_{number}"
-    return f"arch=compute_{number},code={code}"
+    name = architecture.removesuffix("+PTX").replace(".", "")
+    code = f"[sm_{name},compute_{name}]" if architecture.endswith("+PTX") else f"sm_{name}"
+    return f"arch=compute_{name},code={code}"
 
 
 def plan(architectures: list[str]) -> dict[str, list[str]]:
     """Which source to compile for which architectures."""
-    bare = {re.sub(r"[af]?(\+PTX)?$", "", a) for a in architectures}
+    numbers = {number(a) for a in architectures}
     sources = {name: architectures for name in PLAIN}
     if cutlass_includes():
-        sources |= {name: [only] for name, only in GEMMS.items() if only.removesuffix("a") in bare}
+        sources |= {name: [only] for name, only in GEMMS.items() if number(only) in numbers}
     return sources
 
 

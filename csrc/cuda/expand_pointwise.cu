@@ -11,9 +11,8 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kLeastRows = 4;    // that a thread takes, to pay for its scales and sums
+constexpr int kBatch = 4;         // vectors that a thread asks memory for at once
 constexpr int kMostTiles = 1024;  // of a sample with dense rows, for `sum_tiles` to add up
-constexpr int kSteps = 4;        // vectors that a thread takes along a line of pixels
 
 template <class B, class T>
 struct Arguments {
@@ -27,43 +26,72 @@ struct Arguments {
   int64_t tile_rows;
 };
 
+// A thread's share of `count` vectors, at most kBatch, that lie `stride` apart: out = scale * b, sums += z * b. All loads come
+// before the first use, so that it waits for memory once.
+template <bool kSums, int N, class B, class T>
+__device__ void take(
+    const Arguments<B, T>& a, int64_t at, int64_t stride, int count, const Pack<float, N>& scale, Pack<float, N>& sums) {
+  Pack<B, N> b[kBatch];
+  Pack<T, N> z[kBatch];
+#pragma unroll
+  for (int i = 0; i < kBatch; ++i) {
+    if (i < count) {
+      b[i] = load<N>(a.b + at + i * stride);
+      if constexpr (kSums) {
+        z[i] = load<N>(a.z + at + i * stride);
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kBatch; ++i) {
+    if (i < count) {
+      Pack<float, N> wide = widened(b[i]);
+      if constexpr (kSums) {
+        const Pack<float, N> wide_z = widened(z[i]);
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+          sums.values[j] += wide_z.values[j] * wide.values[j];
+        }
+      }
+      if (!kSums || a.out != nullptr) {
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+          wide.values[j] *= scale.values[j];
+        }
+        store<N>(a.out + at + i * stride, wide);
+      }
+    }
+  }
+}
+
+// Both kernels may have as many registers as a single block allows: left to itself, ptxas spills to fit more blocks.
+
 // Rows dense: blockIdx.x is a tile of rows of a sample, blockIdx.y a span of columns. A thread keeps N columns, whose scales
 // it reads once, and takes every blockDim.y-th row: neighbours in a warp are neighbours in memory, for any r.
 template <class B, class T, int N, bool kSums>
-__global__ void __launch_bounds__(kThreads) rows_kernel(const Arguments<B, T> a) {
+__global__ void __launch_bounds__(kThreads, 1) rows_kernel(const Arguments<B, T> a) {
   const int64_t sample = blockIdx.x / static_cast<uint32_t>(a.tiles);
   const int64_t tile = blockIdx.x % static_cast<uint32_t>(a.tiles);
   const int64_t first_column = static_cast<int64_t>(blockIdx.y) * blockDim.x * N;
   const int64_t column = first_column + threadIdx.x * N;
   const int64_t last = min((tile + 1) * a.tile_rows, a.P);
-  Pack<float, N> scale, sums = {};
+  Pack<float, N> sums = {};
   if (column < a.r) {
-    scale = load<N>(a.scale + sample * a.r + column);
-#pragma unroll 4
-    for (int64_t row = tile * a.tile_rows + threadIdx.y; row < last; row += blockDim.y) {
-      const int64_t at = (sample * a.P + row) * a.r + column;
-      Pack<float, N> b = load<N>(a.b + at);
-      if constexpr (kSums) {
-        const Pack<float, N> z = load<N>(a.z + at);
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-          sums.values[i] += z.values[i] * b.values[i];
-        }
-      }
-      if (!kSums || a.out != nullptr) {
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-          b.values[i] *= scale.values[i];
-        }
-        store<N>(a.out + at, b);
-      }
+    const auto scale = load<N>(a.scale + sample * a.r + column);
+    for (int64_t row = tile * a.tile_rows + threadIdx.y; row < last; row += kBatch * blockDim.y) {
+      const int left = min(last - row, int64_t{kBatch} * blockDim.y);
+      const int count = (left + blockDim.y - 1) / blockDim.y;
+      take<kSums>(a, (sample * a.P + row) * a.r + column, blockDim.y * a.r, count, scale, sums);
     }
   }
   if constexpr (kSums) {
     __shared__ float shared[kThreads * N];  // [blockDim.y, blockDim.x * N]
     const int width = blockDim.x * N;
     const int thread = threadIdx.y * blockDim.x + threadIdx.x;
-    store<N>(shared + thread * N, sums);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      shared[thread * N + i] = sums.values[i];
+    }
     __syncthreads();
     for (int c = thread; c < width && first_column + c < a.r; c += blockDim.x * blockDim.y) {
       float sum = 0;
@@ -77,7 +105,7 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const Arguments<B, T> a)
 
 // Columns dense: a warp takes one tile of a line of pixels, which all share a scale.
 template <class B, class T, int N, bool kSums>
-__global__ void __launch_bounds__(kThreads) columns_kernel(const Arguments<B, T> a) {
+__global__ void __launch_bounds__(kThreads, 1) columns_kernel(const Arguments<B, T> a) {
   const uint32_t tiles = a.tiles, r = a.r;
   const uint32_t task = blockIdx.x * kWarps + threadIdx.x / kWarp;  // [S * images, r, tiles]
   const uint32_t lane = threadIdx.x % kWarp;
@@ -87,31 +115,21 @@ __global__ void __launch_bounds__(kThreads) columns_kernel(const Arguments<B, T>
     return;
   }
   const uint32_t sample = image / static_cast<uint32_t>(a.images);
-  const float scale = a.scale[static_cast<int64_t>(sample) * r + column];
-  float sum = 0;
+  Pack<float, N> scale, sums = {};
 #pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-    const int64_t pixel = ((static_cast<int64_t>(tile) * kSteps + step) * kWarp + lane) * N;
-    if (pixel < a.P) {
-      const int64_t at = static_cast<int64_t>(line) * a.P + pixel;
-      Pack<float, N> b = load<N>(a.b + at);
-      if constexpr (kSums) {
-        const Pack<float, N> z = load<N>(a.z + at);
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-          sum += z.values[i] * b.values[i];
-        }
-      }
-      if (!kSums || a.out != nullptr) {
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-          b.values[i] *= scale;
-        }
-        store<N>(a.out + at, b);
-      }
-    }
+  for (int i = 0; i < N; ++i) {
+    scale.values[i] = a.scale[static_cast<int64_t>(sample) * r + column];
   }
+  const int64_t pixel = (static_cast<int64_t>(tile) * kBatch * kWarp + lane) * N;
+  const int left = max(min(a.P - pixel, int64_t{kBatch} * kWarp * N), int64_t{0});
+  const int count = (left + kWarp * N - 1) / (kWarp * N);
+  take<kSums>(a, line * a.P + pixel, kWarp * N, count, scale, sums);
   if constexpr (kSums) {
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      sum += sums.values[i];
+    }
 #pragma unroll
     for (int distance = kWarp / 2; distance > 0; distance /= 2) {
       sum += __shfl_down_sync(0xffffffff, sum, distance);
@@ -164,7 +182,7 @@ Geometry geometry_of(const PointwiseParams& p) {
   g.vectors = starts && (p.columns_dense ? p.P : p.r) % vector == 0;
   const int N = g.vectors ? vector : 1;
   if (p.columns_dense) {
-    g.tiles = ceil_div(p.P, kWarp * N * kSteps);
+    g.tiles = ceil_div(p.P, kWarp * N * kBatch);
     g.block = dim3(kThreads);
     const int64_t blocks = ceil_div(p.S * p.images * p.r * g.tiles, kWarps);
     g.grid = dim3(fits(blocks * kWarps) ? blocks : 0);
@@ -174,7 +192,7 @@ Geometry geometry_of(const PointwiseParams& p) {
     const int64_t spans = std::max<int64_t>(1, ceil_div(vectors, kThreads));
     g.block.x = std::max<int64_t>(1, ceil_div(vectors, spans));
     g.block.y = kThreads / g.block.x;
-    g.tile_rows = g.block.y * std::max<int64_t>(kLeastRows, ceil_div(rows, int64_t{g.block.y} * kMostTiles));
+    g.tile_rows = g.block.y * std::max<int64_t>(kBatch, ceil_div(rows, int64_t{g.block.y} * kMostTiles));
     g.tiles = ceil_div(rows, g.tile_rows);
     g.grid = dim3(fits(p.S * g.tiles) ? p.S * g.tiles : 0, spans);
   }

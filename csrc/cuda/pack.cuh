@@ -9,7 +9,7 @@
 
 namespace svdiff::cuda {
 
-// N neighbouring numbers. Of 16 bytes or more, a GPU moves them by 128-bit instructions.
+// N neighbouring numbers.
 template <class T, int N>
 struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Pack {
   T values[N];
@@ -25,24 +25,35 @@ inline __device__ void from_float(float x, __half& to) { to = __float2half_rn(x)
 inline __device__ void from_float(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
 
 template <int N, class T>
-__device__ Pack<float, N> load(const T* from) {
-  const auto raw = *reinterpret_cast<const Pack<T, N>*>(from);
-  Pack<float, N> numbers;
+__device__ Pack<T, N> load(const T* from) {
+  return *reinterpret_cast<const Pack<T, N>*>(from);
+}
+
+template <class T, int N>
+__device__ Pack<float, N> widened(const Pack<T, N>& numbers) {
+  Pack<float, N> wide;
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    numbers.values[i] = to_float(raw.values[i]);
+    wide.values[i] = to_float(numbers.values[i]);
   }
-  return numbers;
+  return wide;
 }
 
 template <int N, class T>
 __device__ void store(T* to, const Pack<float, N>& numbers) {
-  Pack<T, N> raw;
+  Pack<T, N> rounded;
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    from_float(numbers.values[i], raw.values[i]);
+    from_float(numbers.values[i], rounded.values[i]);
   }
-  *reinterpret_cast<Pack<T, N>*>(to) = raw;
+  if constexpr (sizeof(rounded) % sizeof(uint4) == 0) {  // in so many words, or nvcc takes the numbers apart
+#pragma unroll
+    for (size_t i = 0; i < sizeof(rounded) / sizeof(uint4); ++i) {
+      __stcg(reinterpret_cast<uint4*>(to) + i, reinterpret_cast<const uint4*>(&rounded)[i]);
+    }
+  } else {
+    *reinterpret_cast<Pack<T, N>*>(to) = rounded;
+  }
 }
 
 inline bool aligned(const void* pointer) {

@@ -97,7 +97,8 @@ def nvcc():  # noqa: ANN201
 
 def _kernels_of(source: str, architecture: str) -> list[Kernel]:
     command = nvcc().command(source, [architecture], Path("out"), "-cubin")
-    depends = [p for p in _sources() if source in build.GEMMS or not p.name.startswith("gemm")]
+    headers = [p for p in _sources() if p.suffix in (".h", ".cuh") and (source in build.GEMMS or p.stem != "gemm")]
+    depends = [SOURCES / f"{source}.cu", *headers]
 
     def compile_and_read(out: Path) -> None:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -129,7 +130,7 @@ def _includes() -> list[str]:
 
 
 def _sources() -> list[Path]:
-    return [p for p in SOURCES.iterdir() if p.is_file()]
+    return [p for p in SOURCES.iterdir() if p.suffix in (".cpp", ".cu", ".cuh", ".h")]
 
 
 def _run(command: list[str]) -> str:

@@ -19,8 +19,9 @@
 #define __global__
 #define __device__
 #define __shared__ static
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
+using std::max;
 using std::min;
 
 inline uint3 threadIdx, blockIdx;
@@ -74,6 +75,8 @@ inline void run_block(const std::function<void()>& thread) {
 }
 
 }  // namespace emulator
+
+inline void __stcg(uint4* to, uint4 words) { *to = words; }
 
 inline void __syncthreads() { emulator::wait(); }
 
