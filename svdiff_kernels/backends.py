@@ -4,8 +4,8 @@ Where Triton is missing, the extension's CUDA kernels serve GPUs, if it was buil
 
 The environment variable ``SVDIFF_BACKEND`` overrides that, and raises where its choice cannot serve: "reference" leaves
 the others alone, "cpu" insists on the extension, "cuda" on its kernels for GPUs, "triton" serves nothing but GPUs (with
-``TRITON_INTERPRET=1`` also CPUs, slowly). It is read once, when svdiff_kernels is imported; Triton itself is imported by
-the first call on a GPU.
+``TRITON_INTERPRET=1`` also CPUs, slowly). It is read once, when svdiff_kernels is imported; Triton itself is imported
+by the first call on a GPU.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def _why_no_cuda() -> str:
     if extension.build_info().get("cuda"):
         return ""
     if _choice == "cuda":
-        raise SVDiffError("SVDIFF_BACKEND=cuda, but the extension has no CUDA kernels: reinstall with SVDIFF_BUILD=cuda")
-    return "the extension was built without CUDA kernels (reinstall with SVDIFF_BUILD=cuda, which says what is missing)"
+        raise SVDiffError("SVDIFF_BACKEND=cuda, but no CUDA kernels were built: reinstall with SVDIFF_BUILD=cuda")
+    return "none were built (reinstall with SVDIFF_BUILD=cuda, which says what is missing)"
 
 
 def _why_no_triton() -> str:

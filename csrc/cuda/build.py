@@ -1,7 +1,7 @@
 """How the CUDA sources are compiled: what setup.py and the tests have in common. CMakeLists.txt says the same in CMake.
 
-nvcc is called directly, a source at a time, since each has architectures of its own: what torch's BuildExtension gives to
-one .cu file it gives to all.
+nvcc is called directly, a source at a time, since each has architectures of its own: what torch's BuildExtension gives
+to one .cu file it gives to all.
 """
 
 from __future__ import annotations

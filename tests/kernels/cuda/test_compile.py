@@ -13,7 +13,7 @@ pytestmark = [
     pytest.mark.timeout(1800),
     pytest.mark.skipif(toolchain.nvcc() is None, reason="no nvcc"),
 ]
-needs_cutlass = pytest.mark.skipif(not build.cutlass_includes(), reason="no CUTLASS: pip install --no-deps nvidia-cutlass")
+needs_cutlass = pytest.mark.skipif(not build.cutlass_includes(), reason="no CUTLASS (pip install nvidia-cutlass)")
 
 _STACK = 64  # bytes
 _PRODUCTS = {"gemm_sm90": "HGMMA", "gemm_sm100": "UTCHMMA"}
@@ -54,7 +54,7 @@ def test_vectors_move_at_once(architecture: str, kernels: list[Kernel]) -> None:
     vectors = [
         k for k in of(kernels, "expand_pointwise") if k.architecture == architecture and "sum_kernel" not in k.name
     ]
-    assert len(vectors) == 32  # rows or columns, vectors or single numbers, in eight mixtures of types with or without sums
+    assert len(vectors) == 32  # rows or columns, vectors or single numbers, five mixtures of types, three with sums
     for k in vectors:
         wide = "Li1E" not in k.name  # the template argument N
         assert bool(k.instructions.get("LDG.E.128")) == bool(k.instructions.get("STG.E.128")) == wide, k

@@ -1,7 +1,7 @@
 """torch.ops.svdiff_cuda against fp64: every layout, odd shapes, every type that is served.
 
-Without a GPU the binding and the kernels run all the same, compiled for the CPU; see emulator/. GEMMs of our own are then
-loops that keep to the contract of gemm.h: what CUTLASS makes of it only a GPU can tell.
+Without a GPU the binding and the kernels run all the same, compiled for the CPU; see emulator/. GEMMs of our own are
+then loops that keep to the contract of gemm.h: what CUTLASS makes of it only a GPU can tell.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ class Case:
     dy: Tensor
 
     @classmethod
-    def make(cls, lead: tuple[int, ...], S: int, columns: bool, M: int, R: int, kept: torch.dtype, out: torch.dtype) -> Case:
+    def make(
+        cls, lead: tuple[int, ...], S: int, columns: bool, M: int, R: int, kept: torch.dtype, out: torch.dtype
+    ) -> Case:
         def rows(width: int, dtype: torch.dtype) -> Tensor:
             t = torch.randn(*lead, width).to(dtype)
             return t.transpose(1, 2).contiguous().transpose(1, 2) if columns else t
@@ -150,9 +152,7 @@ def test_any_strides(M, R, kept, out, cuda) -> None:
     assert torch.equal(y, cuda("expand", dense.z, dense.U, dense.scale, dense.bias, out))
     dy = dense.dy[:1, :1].expand(4, 15, M)
     strided = cuda("expand_backward", dy, spread, U, scale, True)
-    assert all(
-        map(torch.equal, strided, cuda("expand_backward", dy.contiguous(), dense.z, dense.U, dense.scale, True))
-    )
+    assert all(map(torch.equal, strided, cuda("expand_backward", dy.contiguous(), dense.z, dense.U, dense.scale, True)))
     columns = Case.make((4, 15), 2, True, M, R, kept, out).to(cuda.device)  # z of one layout, dy of the other
     for dy, z in ((columns.dy, dense.z), (dense.dy, columns.z)):
         dz, dscale = cuda("expand_backward", dy, z, U, dense.scale, True)
@@ -192,7 +192,7 @@ def test_project(lead, S, R, N, kept, out, fused, cuda) -> None:
     rows = case.scale.double().repeat_interleave(x.shape[:-1].numel() // S, 0).view(*lead, R)
     y = cuda("project", x, Vh, case.scale, out, 0.25)
     assert y.dtype == out
-    assert relative(y, 0.25 * rows * (x.double() @ Vh.double().T)) <= (EXACT[F32] if out == F32 else torch.finfo(out).eps)
+    assert relative(y, 0.25 * rows * (x.double() @ Vh.double().T)) <= EXACT.get(out, torch.finfo(out).eps)
 
 
 @pytest.mark.parametrize(

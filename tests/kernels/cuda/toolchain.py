@@ -69,7 +69,8 @@ def compile_kernels() -> list[Kernel]:
 def compile_binding() -> None:
     """The binding against this torch. A CPU build of torch has nothing to link it to."""
     flags = (*_HOST_FLAGS, "-DSVDIFF_SM90", "-DSVDIFF_SM100", f"-I{HERE / 'stub'}", *_includes())
-    _cached("binding.o", flags, [*_sources(), *(HERE / "stub").rglob("*.h")], lambda out: _host("bindings.cpp", out, flags))
+    depends = [*_sources(), *(HERE / "stub").rglob("*.h")]
+    _cached("binding.o", flags, depends, lambda out: _host("bindings.cpp", out, flags))
 
 
 def emulated() -> Path:
@@ -90,7 +91,7 @@ def emulated() -> Path:
 
 
 @cache
-def nvcc():  # noqa: ANN201
+def nvcc() -> build.Nvcc | None:
     """The compiler that setup.py would use."""
     return build.find_nvcc()
 
