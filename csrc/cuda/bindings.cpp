@@ -1,8 +1,8 @@
-// torch.ops.svdiff_cuda: svdiff's ops on NVIDIA GPUs. Each picks, for the tensors it is given, a GEMM with its own epilogue
-// (gemm.h) or a vendor's GEMM with kernels beside it (expand_pointwise.h).
+// torch.ops.svdiff_cuda: svdiff's ops on NVIDIA GPUs. Each picks, for the tensors it is given, a GEMM with its own
+// epilogue (gemm.h) or a vendor's GEMM with kernels beside it (expand_pointwise.h).
 //
-// All work goes to the current stream, nothing waits for the host, and memory comes from torch's allocator: a CUDA graph
-// may capture any of it.
+// All work goes to the current stream, nothing waits for the host, and memory comes from torch's allocator: a CUDA
+// graph may capture any of it.
 
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
@@ -81,9 +81,10 @@ Tensor dense_scale(const Tensor& scale) {
   return scale.to(at::kFloat).contiguous();
 }
 
-void check(const Tensor& rows, int64_t columns, const Tensor& matrix, const Tensor& scale, int64_t r, const char* name) {
-  TORCH_CHECK_VALUE(rows.dim() > 0 && matrix.dim() == 2 && rows.size(-1) == columns, "svdiff_cuda: ", name, " has shape ",
-                    rows.sizes(), ", expected [*, ", columns, "]");
+void check(
+    const Tensor& rows, int64_t columns, const Tensor& matrix, const Tensor& scale, int64_t r, const char* name) {
+  TORCH_CHECK_VALUE(rows.dim() > 0 && matrix.dim() == 2 && rows.size(-1) == columns, "svdiff_cuda: ", name,
+                    " has shape ", rows.sizes(), ", expected [*, ", columns, "]");
   TORCH_CHECK_VALUE(scale.dim() == 2 && scale.size(1) == r, "svdiff_cuda: scale has shape ", scale.sizes(),
                     ", expected [S, ", r, "]");
   const int64_t S = scale.size(0), first = rows.dim() == 1 ? 1 : rows.size(0);
@@ -92,8 +93,8 @@ void check(const Tensor& rows, int64_t columns, const Tensor& matrix, const Tens
 
 void check_device(const Tensor& first, std::initializer_list<const Tensor*> others) {
   for (const Tensor* t : others) {
-    TORCH_CHECK_VALUE(t == nullptr || t->device() == first.device(), "svdiff_cuda: tensors on ", first.device(), " and ",
-                      t->device());
+    TORCH_CHECK_VALUE(t == nullptr || t->device() == first.device(), "svdiff_cuda: tensors on ", first.device(),
+                      " and ", t->device());
   }
 }
 
@@ -144,7 +145,12 @@ Allocate allocator(const Tensor& like) {
 
 // y = alpha * scale * (x @ W^T) + bias by tensor cores, for dense x [T, K]; nothing where they cannot.
 bool fused_product(
-    const Tensor& x, const Tensor& W, const OptionalTensor& scale, const OptionalTensor& bias, double alpha, const Tensor& y) {
+    const Tensor& x,
+    const Tensor& W,
+    const OptionalTensor& scale,
+    const OptionalTensor& bias,
+    double alpha,
+    const Tensor& y) {
   const bool types = is_half(x.scalar_type()) && W.scalar_type() == x.scalar_type() && is_half(y.scalar_type());
   const Gemms gemms = types ? gemms_of(x) : Gemms{};
   if (gemms.product == nullptr) {
@@ -166,7 +172,7 @@ bool fused_product(
   return launched(gemms.product(p, allocator(x), c10::cuda::getCurrentCUDAStream()));
 }
 
-// rows @ W in `type`: in the layout of rows, which are dense in it. fp32 of half precision is the accumulator, unrounded.
+// rows @ W in `type`, in the layout of rows, which are dense in it. Of half precision, fp32 is the unrounded sum.
 Tensor vendor_product(const Tensor& rows, const Tensor& W, at::ScalarType type) {
   const bool widens = type != rows.scalar_type();
   if (!columns_dense(rows)) {
@@ -207,8 +213,8 @@ Tensor expand(
     const Tensor& z, const Tensor& U, const Tensor& scale, const OptionalTensor& bias, OptionalType dtype) {
   check(z, U.size(-1), U, scale, U.size(-1), "z");
   check_device(z, {&U, &scale, pointer(bias)});
-  TORCH_CHECK_TYPE(serves_expand(z, U, dtype), "svdiff_cuda: no kernel of expand for z in ", z.scalar_type(), " and U in ",
-                   U.scalar_type());
+  TORCH_CHECK_TYPE(serves_expand(z, U, dtype), "svdiff_cuda: no kernel of expand for z in ", z.scalar_type(),
+                   " and U in ", U.scalar_type());
   const c10::cuda::CUDAGuard guard(z.device());
   const auto type = z.scalar_type(), out = dtype.value_or(type);
   const bool columns = columns_dense(z);
@@ -271,9 +277,18 @@ std::tuple<Tensor, Tensor> expand_backward(
     const Tiles tiles = gemms.backward_tiles(P, r);
     partial = at::empty({S, tiles.count, tiles.stride}, s.options());
     const Tensor factor = U.contiguous();
-    const BackwardParams p{half_of(dy),         rows.const_data_ptr(),  factor.const_data_ptr(),
-                           kept.const_data_ptr(), s.const_data_ptr<float>(), dz.mutable_data_ptr(),
-                           partial.mutable_data_ptr<float>(), S, P, U.size(0), r};
+    BackwardParams p{};
+    p.type = half_of(dy);
+    p.dy = rows.const_data_ptr();
+    p.U = factor.const_data_ptr();
+    p.z = kept.const_data_ptr();
+    p.scale = s.const_data_ptr<float>();
+    p.dz = dz.mutable_data_ptr();
+    p.partial = partial.mutable_data_ptr<float>();
+    p.S = S;
+    p.P = P;
+    p.M = U.size(0);
+    p.R = r;
     sums.tiles = tiles.count;
     sums.stride = tiles.stride;
     if (launched(gemms.backward(p, allocator(dy), stream))) {
@@ -325,8 +340,8 @@ void check_mix(const Tensor& base, const Tensor& mix, int64_t R) {
 std::tuple<Tensor, Tensor> gain_of(const Tensor& base, const Tensor& floor, const Tensor& mix, at::TensorList deltas) {
   const int64_t R = base.numel(), A = mix.size(-1), S = mix.dim() == 2 ? mix.size(0) : 1;
   check_mix(base, mix, R);
-  TORCH_CHECK_VALUE(static_cast<int64_t>(deltas.size()) == 2 * A, "svdiff_cuda: ", deltas.size(), " deltas, expected two for ",
-                    A, " adapters");
+  TORCH_CHECK_VALUE(static_cast<int64_t>(deltas.size()) == 2 * A, "svdiff_cuda: ", deltas.size(),
+                    " deltas, expected two for ", A, " adapters");
   check_device(base, {&floor, &mix});
   const c10::cuda::CUDAGuard guard(base.device());
   const Tensor start = base.contiguous(), bottom = floor.contiguous(), weights = mix.contiguous();
@@ -372,9 +387,11 @@ std::tuple<Tensor, Tensor> gain_of(const Tensor& base, const Tensor& floor, cons
 Tensor gain_backward_of(const Tensor& dgain, const Tensor& held, const Tensor& mix, at::IntArrayRef adapters) {
   const int64_t R = dgain.size(-1), count = static_cast<int64_t>(adapters.size());
   check_mix(dgain, mix, R);
-  TORCH_CHECK_VALUE(held.sizes() == dgain.sizes(), "svdiff_cuda: held has shape ", held.sizes(), ", dgain ", dgain.sizes());
+  TORCH_CHECK_VALUE(held.sizes() == dgain.sizes(), "svdiff_cuda: held has shape ", held.sizes(), ", dgain ",
+                    dgain.sizes());
   for (const int64_t a : adapters) {
-    TORCH_CHECK_VALUE(a >= 0 && a < mix.size(-1), "svdiff_cuda: there is no adapter ", a, " in a mix of ", mix.size(-1));
+    TORCH_CHECK_VALUE(a >= 0 && a < mix.size(-1), "svdiff_cuda: there is no adapter ", a, " in a mix of ",
+                      mix.size(-1));
   }
   check_device(dgain, {&held, &mix});
   const c10::cuda::CUDAGuard guard(dgain.device());

@@ -26,11 +26,16 @@ struct Arguments {
   int64_t tile_rows;
 };
 
-// A thread's share of `count` vectors, at most kBatch, that lie `stride` apart: out = scale * b, sums += z * b. All loads come
-// before the first use, so that it waits for memory once.
+// A thread's share of `count` vectors, of which it takes kBatch, `stride` apart: out = scale * b, sums += z * b. All
+// loads come before the first use, so that it waits for memory once.
 template <bool kSums, int N, class B, class T>
 __device__ void take(
-    const Arguments<B, T>& a, int64_t at, int64_t stride, int count, const Pack<float, N>& scale, Pack<float, N>& sums) {
+    const Arguments<B, T>& a,
+    int64_t at,
+    int64_t stride,
+    int count,
+    const Pack<float, N>& scale,
+    Pack<float, N>& sums) {
   Pack<B, N> b[kBatch];
   Pack<T, N> z[kBatch];
 #pragma unroll
@@ -66,8 +71,8 @@ __device__ void take(
 
 // Both kernels may have as many registers as a single block allows: left to itself, ptxas spills to fit more blocks.
 
-// Rows dense: blockIdx.x is a tile of rows of a sample, blockIdx.y a span of columns. A thread keeps N columns, whose scales
-// it reads once, and takes every blockDim.y-th row: neighbours in a warp are neighbours in memory, for any r.
+// Rows dense: blockIdx.x is a tile of rows of a sample, blockIdx.y a span of columns. A thread keeps N columns, whose
+// scales it reads once, and takes every blockDim.y-th row: neighbours in a warp are neighbours in memory, for any r.
 template <class B, class T, int N, bool kSums>
 __global__ void __launch_bounds__(kThreads, 1) rows_kernel(const Arguments<B, T> a) {
   const int64_t sample = blockIdx.x / static_cast<uint32_t>(a.tiles);
@@ -140,7 +145,8 @@ __global__ void __launch_bounds__(kThreads, 1) columns_kernel(const Arguments<B,
   }
 }
 
-// blockIdx.x is a sample and 32 of its columns. Each of kWarps rows of threads adds up a run of tiles, the first adds up theirs.
+// blockIdx.x is a sample and 32 of its columns. Each of kWarps rows of threads adds up a run of tiles, and the first row
+// the sums of all.
 __global__ void __launch_bounds__(kThreads) sum_kernel(const SumParams p) {
   __shared__ float shared[kWarps][kWarp];
   const uint32_t spans = (p.r + kWarp - 1) / kWarp;
@@ -257,7 +263,8 @@ cudaError_t sum_tiles(const SumParams& params, cudaStream_t stream) {
   if (blocks == 0) {
     return cudaSuccess;
   }
-  return fits(blocks) ? launch(sum_kernel, dim3(blocks), dim3(kWarp, kWarps), params, stream) : cudaErrorInvalidConfiguration;
+  return fits(blocks) ? launch(sum_kernel, dim3(blocks), dim3(kWarp, kWarps), params, stream)
+                      : cudaErrorInvalidConfiguration;
 }
 
 }  // namespace svdiff::cuda

@@ -10,8 +10,8 @@ namespace svdiff::cuda {
 
 enum class Type { fp32, fp16, bf16 };
 
-// out = scale[sample] * b, and the column sums of z * b over tiles of rows, for S samples of `images` images of P rows of r
-// columns. Forward, b is z itself; backward, b is dy @ U in fp32.
+// out = scale[sample] * b, and the column sums of z * b over tiles of rows, for S samples of `images` images of P rows
+// of r columns. Forward, b is z itself; backward, b is dy @ U in fp32.
 struct PointwiseParams {
   Type b_type;         // `type`, or fp32
   Type type;           // of out and z

@@ -1,5 +1,5 @@
 // The GEMMs of gemm.h as CUTLASS 3 kernels, for any architecture whose traits name tiles and schedules. Both are warp
-// specialised: TMA fills shared memory, tensor cores multiply, and a tree of visitors makes the result of the accumulator.
+// specialised: TMA fills shared memory, tensor cores multiply, a tree of visitors makes the result of the accumulator.
 #pragma once
 
 #include "gemm.h"
@@ -114,7 +114,8 @@ cudaError_t product_with(const ProductParams& p, const Allocate& allocate, cudaS
   using cutlass::bfloat16_t;
   using cutlass::half_t;
   if (p.in == Half::bf16) {
-    return p.out == Half::bf16 ? product_as<Traits, bfloat16_t, bfloat16_t>(p, allocate, stream) : cudaErrorNotSupported;
+    return p.out == Half::bf16 ? product_as<Traits, bfloat16_t, bfloat16_t>(p, allocate, stream)
+                               : cudaErrorNotSupported;
   }
   return p.out == Half::bf16 ? product_as<Traits, half_t, bfloat16_t>(p, allocate, stream)
                              : product_as<Traits, half_t, half_t>(p, allocate, stream);
@@ -157,7 +158,8 @@ cudaError_t backward_with(const BackwardParams& p, const Allocate& allocate, cud
 
 template <class Traits>
 Tiles tiles_with(int64_t P, int64_t R) {
-  constexpr int64_t rows = cute::size<0>(typename Traits::TileShape{}), columns = cute::size<1>(typename Traits::TileShape{});
+  constexpr typename Traits::TileShape tile;
+  constexpr int64_t rows = cute::size<0>(tile), columns = cute::size<1>(tile);
   return {ceil_div(P, rows), ceil_div(R, columns) * columns};
 }
 

@@ -1,4 +1,4 @@
-// GEMMs with svdiff's epilogues on tensor cores, by CUTLASS: what gemm_sm90.cu and gemm_sm100.cu offer. No torch here.
+// GEMMs with svdiff's epilogues on tensor cores, by CUTLASS: what gemm_sm90.cu and gemm_sm100.cu offer. Without torch.
 //
 // Matrices are dense and row-major. TMA reads them, so their starts must be aligned to 16 bytes and their rows must be a
 // multiple of 16 bytes long; what is not gets cudaErrorNotSupported, before anything is launched.
@@ -27,7 +27,7 @@ struct ProductParams {
   int64_t S, P, M, K;
 };
 
-// With b = dy [S, P, M] @ U [M, R], in fp32: dz [S, P, R] = scale * b, and the column sums of z * b over each tile of rows.
+// With b = dy [S, P, M] @ U [M, R], in fp32: dz [S, P, R] = scale * b, and the column sums of z * b over tiles of rows.
 struct BackwardParams {
   Half type;           // of dy, z, U and dz
   const void* dy;
