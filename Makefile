@@ -2,6 +2,8 @@
 PYTHON ?= python3
 # Pinned: a plain `torch` can bring gigabytes of CUDA libraries. Another build: make demo TORCH="torch --index-url ..."
 TORCH ?= torch==2.13.0
+# Headers alone, for the GEMMs of Hopper and Blackwell.
+CUTLASS ?= nvidia-cutlass==4.2.0.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -25,11 +27,12 @@ lint: $(READY) ## ruff and mypy
 	$(BIN)/mypy
 
 # The extension is built in place by the editable install; where there is no compiler, a notice says so and Python serves.
-$(READY): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp)
+$(READY): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/cuda/*)
 	@echo "== setting up $(VENV): Python packages, then the C++ extension (once, a few minutes)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --progress-bar on --upgrade "setuptools>=77" wheel ninja pybind11 numpy
 	$(BIN)/pip install --progress-bar on $(TORCH)
+	$(BIN)/pip install --progress-bar on --no-deps $(CUTLASS)
 	$(BIN)/pip install --progress-bar on --no-build-isolation -e ".[diffusers,bench,test,lint]"
 	$(BIN)/python -m svdiff_kernels.info
 	@touch $@

@@ -1,23 +1,37 @@
 """Builds the optional extension ``svdiff_kernels._C``; all metadata lives in pyproject.toml.
 
-``SVDIFF_BUILD`` chooses what to build: ``auto`` (the default: what this machine can), ``cpu`` (fail if it cannot) or
-``none`` (Python only, the reference backend serves every op).
+``SVDIFF_BUILD`` chooses what to build: ``auto`` (the default: what this machine can), ``cuda`` or ``cpu`` (fail if it
+cannot) or ``none`` (Python only, the reference backend serves every op). ``TORCH_CUDA_ARCH_LIST`` says for which GPUs;
+the GEMMs of Hopper and Blackwell need CUTLASS, from the package ``nvidia-cutlass`` or from ``CUTLASS_PATH``.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from setuptools import setup
 
 ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT))  # pip does not
+
+from csrc.cuda import build as cuda  # noqa: E402
+
 NAMES = ("bindings", "dispatch", "autograd", "layers", "cpu/expand", "cpu/frozen", "cpu/gemm")
 SOURCES = [f"csrc/{name}.cpp" for name in NAMES]
 HEADERS = ["csrc/ops.h", "csrc/dispatch.h", "csrc/autograd.h", "csrc/cpu/gemm.h"]
+CHOICES = ("auto", "none", "cpu", "cuda")
+CUDA_LIBRARIES = ("c10_cuda", "torch_cuda", "cudart")
+
+
+def notice(text: str) -> None:
+    """Tell the person who builds."""
+    print(f"svdiff-kernels: {text}", file=sys.stderr)
 
 
 def missing_tool() -> str | None:
@@ -32,22 +46,79 @@ def missing_tool() -> str | None:
     return None
 
 
+def missing_for_cuda() -> str | None:
+    """What is lacking besides for kernels on GPUs, in words, or None."""
+    import torch
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    nvcc = cuda.find_nvcc()
+    if nvcc is None:
+        return "there is no nvcc (not in CUDA_HOME, on the PATH or in /usr/local/cuda)"
+    if nvcc.version.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return f"nvcc is of CUDA {nvcc.version}, but torch is built with {torch.version.cuda}"
+    if odd := [a for a in cuda.wanted_architectures(nvcc) if not cuda.is_architecture(a)]:
+        return f"TORCH_CUDA_ARCH_LIST names {odd[0]!r}, expected numbers such as 9.0a"
+    return None
+
+
+def compiled_for_gpus(sources: dict[str, list[str]], folder: Path) -> list[str]:
+    """Compile the CUDA sources, MAX_JOBS at a time."""
+    nvcc = cuda.find_nvcc()
+    assert nvcc is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    commands = {name: nvcc.command(name, targets, folder / f"{name}.o") for name, targets in sources.items()}
+    for command in commands.values():
+        print(" ".join(command))
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:  # with CUTLASS, each takes 5 GB
+        list(pool.map(lambda command: subprocess.run(command, check=True), commands.values()))
+    return [str(folder / f"{name}.o") for name in commands]
+
+
+def cuda_arguments(sources: dict[str, list[str]]) -> dict[str, Any]:
+    """What the extension needs besides, when it has kernels for GPUs."""
+    nvcc = cuda.find_nvcc()
+    assert nvcc is not None
+    targets = sorted({target for targets in sources.values() for target in targets}, key=cuda.number)
+    has_gemms = any(name in sources for name in cuda.GEMMS)
+    gemms = f"with GEMMs of CUTLASS {cuda.cutlass_version()}" if has_gemms else "without GEMMs of CUTLASS"
+    told = f"CUDA {nvcc.version} for {' '.join(targets)}, {gemms}"
+    macros: list[tuple[str, str | None]] = [(name, None) for name in cuda.definitions(sources)]
+    return {
+        "define_macros": [*macros, ("SVDIFF_CUDA", f'"{told}"')],
+        "include_dirs": [str(nvcc.root / "include")],
+        "library_dirs": [str(nvcc.root / "lib64"), str(nvcc.root / "lib")],
+        "libraries": list(CUDA_LIBRARIES),
+    }
+
+
 def extension_arguments() -> dict[str, Any]:
     """The part of setup()'s arguments that builds the extension; empty where it is not wanted or not possible."""
     choice = os.environ.get("SVDIFF_BUILD", "auto")
-    if choice not in ("auto", "cpu", "none"):
-        sys.exit(f"SVDIFF_BUILD={choice!r} is not one of auto, cpu, none")
+    if choice not in CHOICES:
+        sys.exit(f"SVDIFF_BUILD={choice!r} is not one of {', '.join(CHOICES)}")
     if choice == "none":
         return {}
     if lacking := missing_tool():
-        if choice == "cpu":
-            sys.exit(f"SVDIFF_BUILD=cpu, but {lacking}")
-        print(
-            f"svdiff-kernels: built without its C++ extension, the reference backend serves: {lacking}", file=sys.stderr
-        )
+        if choice != "auto":
+            sys.exit(f"SVDIFF_BUILD={choice}, but {lacking}")
+        notice(f"built without its C++ extension, the reference backend serves: {lacking}")
         return {}
+    without_cuda = "SVDIFF_BUILD=cpu" if choice == "cpu" else missing_for_cuda()
+    if choice == "cuda" and without_cuda:
+        sys.exit(f"SVDIFF_BUILD=cuda, but {without_cuda}")
 
     from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    sources: dict[str, list[str]] = {}
+    if without_cuda:
+        notice(f"built without kernels for GPUs: {without_cuda}")
+    else:
+        nvcc = cuda.find_nvcc()
+        assert nvcc is not None
+        sources = cuda.plan(cuda.wanted_architectures(nvcc))
+        if not cuda.cutlass_includes():
+            notice("built without GEMMs of its own for GPUs: no CUTLASS (pip install --no-deps nvidia-cutlass)")
 
     class OptionalBuild(BuildExtension):
         """BuildExtension whose failure is a notice unless the extension was asked for by name."""
@@ -58,17 +129,30 @@ def extension_arguments() -> dict[str, Any]:
             try:
                 super().run()
             except Exception as error:
-                if choice == "cpu":
+                if choice != "auto":
                     raise
                 self.extensions = []
-                cause = str(error).strip().splitlines()[-1]
-                print(f"svdiff-kernels: extension not built, the reference backend serves: {cause}", file=sys.stderr)
+                notice(f"extension not built, the reference backend serves: {str(error).strip().splitlines()[-1]}")
+
+        def build_extensions(self) -> None:
+            (extension,) = self.extensions
+            try:
+                extension.extra_objects += compiled_for_gpus(sources, Path(self.build_temp) / "cuda")
+            except subprocess.CalledProcessError as error:
+                if choice != "auto":
+                    raise
+                notice(f"built without kernels for GPUs: nvcc failed on {error.cmd[-3]}")
+                extension.sources = SOURCES
+                extension.define_macros.clear()
+                extension.libraries = [name for name in extension.libraries if name not in CUDA_LIBRARIES]
+            super().build_extensions()
 
     extension = CppExtension(
         "svdiff_kernels._C",
-        SOURCES,
-        depends=HEADERS,
+        [*SOURCES, *(["csrc/cuda/bindings.cpp"] if sources else [])],
+        depends=HEADERS + [str(f.relative_to(ROOT)) for f in (ROOT / "csrc" / "cuda").iterdir() if sources],
         extra_compile_args={"cxx": ["-O3", "-fopenmp", "-fno-math-errno", "-Wall"]},
+        **(cuda_arguments(sources) if sources else {}),
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": OptionalBuild}}
 

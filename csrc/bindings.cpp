@@ -1,4 +1,4 @@
-// svdiff_kernels._C: loading it registers the CPU kernels; what it exports says how they were built.
+// svdiff_kernels._C: loading it registers the kernels; what it exports says how they were built.
 
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
@@ -16,12 +16,17 @@ pybind11::dict build_info() {
 #else
   info["openmp"] = false;
 #endif
+#if defined(SVDIFF_CUDA)
+  info["cuda"] = SVDIFF_CUDA;
+#else
+  info["cuda"] = "";
+#endif
   return info;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "CPU kernels of svdiff_kernels";
+  m.doc() = "The compiled kernels of svdiff_kernels";
   m.def("build_info", &build_info, "What the extension was compiled with.");
 }

@@ -29,6 +29,10 @@ def info() -> dict[str, str]:
         facts["extension"] = f"built against torch {built['torch']} with {built['compiler']}, OpenMP {built['openmp']}"
         if built["torch"] != torch.__version__.split("+")[0]:
             facts["extension"] += f" (but torch {torch.__version__} is installed: reinstall svdiff-kernels)"
+    if backends.why_no_cuda or backends.extension is None:
+        facts["cuda kernels"] = f"not used: {backends.why_no_cuda}"
+    else:
+        facts["cuda kernels"] = backends.extension.build_info()["cuda"]
     facts["triton"] = f"not used: {backends.why_no_triton}" if backends.why_no_triton else version("triton")
     facts["expand on cpu"] = backends.serving("cpu")
     facts["expand on cuda"] = backends.serving("cuda") if torch.cuda.is_available() else "no device"

@@ -65,7 +65,9 @@ def test_functionals_hold_on_the_reference_backend() -> None:
 def test_an_unknown_backend_is_refused() -> None:
     done = python("-c", "import svdiff_kernels", SVDIFF_BACKEND="gpu")
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].endswith("SVDIFF_BACKEND='gpu' is not one of auto, reference, cpu, triton")
+    assert done.stderr.splitlines()[-1].endswith(
+        "SVDIFF_BACKEND='gpu' is not one of auto, reference, cpu, cuda, triton"
+    )
 
 
 def importing_from(folder: Path) -> str:
@@ -94,11 +96,20 @@ def test_a_forced_extension_that_is_not_there_is_an_error(tmp_path: Path) -> Non
     assert "it was not built" in python("-c", run).stdout
 
 
+@pytest.mark.skipif(not backends.why_no_cuda, reason="there are CUDA kernels")
+def test_forced_cuda_kernels_that_were_not_built_are_an_error() -> None:
+    done = python("-c", "import svdiff_kernels", SVDIFF_BACKEND="cuda")
+    assert done.returncode == 1
+    why = "there is no C++ extension" if backends.extension is None else "no CUDA kernels were built"
+    assert f"SVDIFF_BACKEND=cuda, but {why}" in done.stderr.splitlines()[-1]
+
+
 def test_info_tells_what_serves() -> None:
     facts = info()
     assert facts["expand on cpu"] == backends.serving("cpu")
     if backends.extension is not None:
         assert "built against torch" in facts["extension"] and "OpenMP True" in facts["extension"]
+    assert facts["cuda kernels"].startswith("not used: " if backends.why_no_cuda else "CUDA ")
     done = python("-m", "svdiff_kernels.info", SVDIFF_BACKEND="reference")
     lines = dict(
         line.split(None, 1) for line in done.stdout.splitlines() if line.startswith(("svdiff", "ext", "SVDIFF"))
@@ -157,7 +168,15 @@ def test_builds_without_the_extension(env: dict[str, str], notice: str, tmp_path
     assert done.stdout.startswith(str(site)) and done.stdout.endswith(" reference\n"), done.stderr
 
 
-@pytest.mark.parametrize("env", [{"SVDIFF_BUILD": "cpu", "CXX": "no-such-compiler"}, {"SVDIFF_BUILD": "gpu"}], ids=str)
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"SVDIFF_BUILD": "cpu", "CXX": "no-such-compiler"},
+        {"SVDIFF_BUILD": "cuda", "CXX": "no-such-compiler"},
+        {"SVDIFF_BUILD": "gpu"},
+    ],
+    ids=str,
+)
 def test_a_build_that_was_asked_for_must_not_fail_silently(env: dict[str, str], tmp_path: Path) -> None:
     done = build(tmp_path, **env)
     assert done.returncode != 0

@@ -1,0 +1,155 @@
+"""Compiles the CUDA sources on a machine without a GPU, and says what became of them.
+
+Results are kept in the user's cache directory by the content of everything that they depend on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import platformdirs
+import torch
+
+from csrc.cuda import build
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+SOURCES = ROOT / "csrc" / "cuda"
+CACHE = platformdirs.user_cache_path("svdiff-kernels") / "tests"
+ARCHITECTURES = ("8.0", "9.0a", "10.0a")
+JOBS = 2  # a source with CUTLASS takes 5 GB
+_INSTRUCTIONS = ("HGMMA", "UTCHMMA", "UTMALDG", "UTMASTG", "LDG.E.128", "STG.E.128", "STL", "LDL")
+_HOST_FLAGS = ("-std=c++20", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-fno-strict-aliasing")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel in machine code: bytes of stack, and how often the instructions that matter occur."""
+
+    source: str
+    architecture: str
+    name: str
+    registers: int
+    stack: int
+    instructions: dict[str, int]
+
+
+def cuobjdump() -> Path | None:
+    """CUDA's, or the one that triton brings."""
+    beside = shutil.which("cuobjdump") or shutil.which("cuobjdump", path="/usr/local/cuda/bin")
+    if beside:
+        return Path(beside)
+    triton = importlib.util.find_spec("triton")
+    bundled = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump" if triton else None
+    return bundled if bundled and bundled.exists() else None
+
+
+def compile_kernels() -> list[Kernel]:
+    """Every kernel for every architecture that it is for."""
+    jobs = [(source, only) for source, only in build.GEMMS.items() if build.cutlass_includes()]
+    jobs += [(source, architecture) for source in build.PLAIN for architecture in ARCHITECTURES]
+    with ThreadPoolExecutor(JOBS) as pool:
+        found = list(pool.map(lambda job: _kernels_of(*job), jobs))
+    return [kernel for kernels in found for kernel in kernels]
+
+
+def compile_binding() -> None:
+    """The binding against this torch. A CPU build of torch has nothing to link it to."""
+    flags = (*_HOST_FLAGS, "-DSVDIFF_SM90", "-DSVDIFF_SM100", f"-I{HERE / 'stub'}", *_includes())
+    depends = [*_sources(), *(HERE / "stub").rglob("*.h")]
+    _cached("binding.o", flags, depends, lambda out: _host("bindings.cpp", out, flags))
+
+
+def emulated() -> Path:
+    """The ops as a library for CPUs: the binding and the kernels as they are, on the device of emulator/."""
+    emulator = HERE / "emulator"
+    flags = (*_HOST_FLAGS, "-O1", "-DSVDIFF_SM90", f"-I{emulator}", f"-I{SOURCES}", *_includes())
+    names = ["bindings.cpp", *(f"{name}.cu" for name in build.PLAIN), str(emulator / "device.cpp")]
+
+    def link(out: Path) -> None:
+        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(JOBS) as pool:
+            objects = [Path(folder) / f"{i}.o" for i in range(len(names))]
+            list(pool.map(lambda name, o: _host(name, o, flags), names, objects))
+            lib = Path(torch.__file__).parent / "lib"
+            torch_libraries = (f"-L{lib}", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{lib}")
+            _run(["g++", "-shared", "-o", str(out), *map(str, objects), *torch_libraries])
+
+    return _cached("emulated.so", flags, [*_sources(), *(p for p in emulator.rglob("*") if p.is_file())], link)
+
+
+@cache
+def nvcc() -> build.Nvcc | None:
+    """The compiler that setup.py would use."""
+    return build.find_nvcc()
+
+
+def _kernels_of(source: str, architecture: str) -> list[Kernel]:
+    command = nvcc().command(source, [architecture], Path("out"), "-cubin")
+    headers = [p for p in _sources() if p.suffix in (".h", ".cuh") and (source in build.GEMMS or p.stem != "gemm")]
+    depends = [SOURCES / f"{source}.cu", *headers]
+
+    def compile_and_read(out: Path) -> None:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            _run(nvcc().command(source, [architecture], Path(file.name), "-cubin"))
+            usage, code = (_run([str(cuobjdump()), what, file.name]) for what in ("-res-usage", "-sass"))
+        out.write_text(json.dumps([asdict(k) for k in _read(source, architecture, usage, code)]))
+
+    flags = [nvcc().version, *command, build.cutlass_version() if source in build.GEMMS else ""]
+    return [Kernel(**k) for k in json.loads(_cached("kernels.json", flags, depends, compile_and_read).read_text())]
+
+
+def _read(source: str, architecture: str, usage: str, code: str) -> Iterable[Kernel]:
+    bodies = dict(zip(*[iter(re.split(r"Function : (\S+)", code)[1:])] * 2, strict=True))
+    for name, registers, stack in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage):
+        body = bodies[name]
+        counts = Counter({i: len(re.findall(rf"\b{re.escape(i)}\b", body)) for i in _INSTRUCTIONS})
+        yield Kernel(source, architecture, name, int(registers), int(stack), dict(+counts))
+
+
+def _host(name: str, out: Path, flags: Iterable[str]) -> None:
+    language = ["-x", "c++"] if name.endswith(".cu") else []
+    _run(["g++", *flags, *language, "-c", str(SOURCES / name), "-o", str(out)])
+
+
+def _includes() -> list[str]:
+    include = Path(torch.__file__).parent / "include"
+    folders = (nvcc().root / "include", include, include / "torch" / "csrc" / "api" / "include")
+    return [part for folder in folders for part in ("-isystem", str(folder))]
+
+
+def _sources() -> list[Path]:
+    return [p for p in SOURCES.iterdir() if p.suffix in (".cpp", ".cu", ".cuh", ".h")]
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def _cached(name: str, flags: Iterable[str], depends: Iterable[Path], make: Callable[[Path], None]) -> Path:
+    """What `make` writes, unless it was written before for the same flags, files, torch and compilers."""
+    key = hashlib.sha256(json.dumps([*flags, torch.__version__, _run(["g++", "--version"])]).encode())
+    for path in sorted(depends):
+        key.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    kept = CACHE / f"{key.hexdigest()[:32]}-{name}"
+    if not kept.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            made = Path(folder) / name
+            make(made)
+            os.replace(made, kept)  # at once, for another run may want it too
+    return kept
