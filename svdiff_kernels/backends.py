@@ -1,6 +1,6 @@
-"""Which implementation serves the ops: the C++ extension on CPUs where it was built, Triton on GPUs, `reference` else.
+"""Which implementation serves the ops: the C++ extension on CPUs where it was built, `reference` where none other can.
 
-Where Triton is missing, the extension's CUDA kernels serve GPUs, if it was built with any.
+On GPUs Triton and the extension's CUDA kernels serve, whichever is there; for what both can, see `fastest.py`.
 
 The environment variable ``SVDIFF_BACKEND`` overrides that, and raises where its choice cannot serve: "reference" leaves
 the others alone, "cpu" insists on the extension, "cuda" on its kernels for GPUs, "triton" serves nothing but GPUs (with
@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import ops, reference
 from .errors import SVDiffError
+from .fastest import fastest, tensors_of
 
 CHOICES = ("auto", "reference", "cpu", "cuda", "triton")
 
@@ -75,68 +76,72 @@ def _why_no_triton() -> str:
     return "triton is not installed"
 
 
-def _register_triton(key: str) -> None:
-    """Have Triton serve what it can of a dispatch key; what it cannot goes to `reference`, unless Triton is forced."""
-
-    def serve(op: str, module: str, can: Callable[..., bool]) -> None:
-        fallback = getattr(reference, op)
-
-        @cache
-        def launcher() -> Callable[..., Any]:
-            return getattr(importlib.import_module(f".triton.{module}", __package__), op)
-
-        def launch(first: Tensor, *rest: Any) -> Any:
-            return (launcher() if can(first, *rest) else fallback)(first, *rest)
-
-        ops.library.impl(op, launch, key)
-
-    serve("expand", "expand", _is_for_triton)
-    serve("expand_backward", "expand", _is_for_triton)
-    serve("frozen_linear", "frozen", _is_mixed)
-    serve("linear", "linear", _is_for_triton)
-    serve("linear_backward", "linear", _is_for_triton)
-    serve("gains", "bank", _is_for_triton)
-    serve("gains_backward", "bank", _is_for_triton)
+# The module of each op in Triton; the extension's are all in cuda.py.
+_TRITON = {
+    "expand": "expand",
+    "expand_backward": "expand",
+    "frozen_linear": "frozen",
+    "linear": "linear",
+    "linear_backward": "linear",
+    "linear_group": "group",
+    "linear_group_backward": "group",
+    "gains": "bank",
+    "gains_backward": "bank",
+}
+_CUDA = ("expand", "expand_backward", "linear", "linear_backward", "gains", "gains_backward")
 
 
-def _is_for_triton(first: Tensor, *_: Any) -> bool:
-    """Does Triton have a product for it?
+def _register(key: str, backends: Sequence[str]) -> None:
+    """Have `backends` serve what they can of a dispatch key; what none can goes to `reference`, unless one is forced.
 
-    Raises:
-        SVDiffError: it has none, and was asked for by name.
+    Where several can, the fastest serves, or the first of them where nothing can be measured.
     """
-    able = first.dtype != torch.float64 and (first.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
-    if _choice == "triton" and not able:
-        kind = str(first.dtype).removeprefix("torch.")
-        raise SVDiffError(f"SVDIFF_BACKEND=triton cannot serve {kind} on {first.device.type}")
-    return able
+    for op in _TRITON:
+        homes = {"triton": f".triton.{_TRITON[op]}"} if "triton" in backends else {}
+        if "cuda" in backends and op in _CUDA:
+            homes["cuda"] = ".cuda"
+        if homes:
+            ops.library.impl(op, _server(op, homes), key)
 
 
-def _is_mixed(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None, alpha: float) -> bool:
-    """Where all types are one, the vendor's product is the best there is."""
-    return not x.dtype == weight.dtype == (dtype or x.dtype) and _is_for_triton(x)
+def _server(op: str, homes: Mapping[str, str]) -> Callable[..., Any]:
+    fallback = getattr(reference, op)
+
+    @cache
+    def launchers() -> dict[str, Callable[..., Any]]:
+        return {name: getattr(importlib.import_module(home, __package__), op) for name, home in homes.items()}
+
+    def serve(*arguments: Any) -> Any:
+        if op == "frozen_linear" and _is_of_one_type(*arguments):
+            return fallback(*arguments)  # the vendor's product is the best there is
+        able = {name: launch for name, launch in launchers().items() if _CAN[name](op, arguments)}
+        if able:
+            return fastest(op, able, arguments)(*arguments)
+        if _choice in homes:
+            first = next(tensors_of(arguments))
+            kinds = ", ".join(dict.fromkeys(str(t.dtype).removeprefix("torch.") for t in tensors_of(arguments)))
+            raise SVDiffError(f"SVDIFF_BACKEND={_choice} cannot serve {op} of {kinds} on {first.device.type}")
+        return fallback(*arguments)
+
+    return serve
 
 
-def _register_cuda() -> None:
-    """Have the extension serve GPUs what it can; what it cannot goes to `reference`, unless it is forced."""
+def _is_of_one_type(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None, alpha: float) -> bool:
+    return x.dtype == weight.dtype == (dtype or x.dtype)
 
-    def serve(op: str, can: Callable[..., bool]) -> None:
-        fallback, launch = getattr(reference, op), getattr(torch.ops.svdiff_cuda, op).default
 
-        def run(*arguments: Any) -> Any:
-            if can(*arguments):
-                return launch(*arguments)
-            if _choice == "cuda":
-                kinds = ", ".join(str(t.dtype).removeprefix("torch.") for t in arguments if isinstance(t, Tensor))
-                raise SVDiffError(f"SVDIFF_BACKEND=cuda cannot serve {op} of {kinds}")
-            return fallback(*arguments)
+def _triton_can(op: str, arguments: Sequence[Any]) -> bool:
+    first = next(tensors_of(arguments))
+    return first.dtype != torch.float64 and (first.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
 
-        ops.library.impl(op, run, "CUDA")
 
-    serves = torch.ops.svdiff_cuda
-    serve("expand", lambda z, U, scale, bias, dtype: serves.serves_expand(z, U, dtype))
-    serve("expand_backward", lambda dy, z, U, scale, need_dz: serves.serves_expand_backward(dy, z, U))
+def _cuda_can(op: str, arguments: Sequence[Any]) -> bool:
+    from . import cuda  # whose ops the extension brings
 
+    return cuda.can_serve(op, arguments)
+
+
+_CAN = {"triton": _triton_can, "cuda": _cuda_can}
 
 _choice = _choose()
 extension, why_no_extension = _load_extension()
@@ -144,21 +149,30 @@ why_no_cuda = _why_no_cuda()
 why_no_triton = _why_no_triton()
 if extension is None:
     ops.register_autograd()
-if not why_no_triton:
-    _register_triton("CUDA")
-    if _choice == "triton":
-        _register_triton("CPU")
-elif not why_no_cuda:
-    _register_cuda()
+_register("CUDA", [name for name, why_not in (("triton", why_no_triton), ("cuda", why_no_cuda)) if not why_not])
+if _choice == "triton":
+    _register("CPU", ["triton"])
 
 
 def fuses(device_type: str) -> bool:
     """Whether whole layers had better go to what serves this kind of device than be made of ops here."""
-    return serving(device_type) == "triton"
+    return serving(device_type) in ("triton", "cuda")
+
+
+def factor_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Of the factors of a model in dtype: fp16 for bf16 on a GPU, where both are as fast and fp16 is eight times finer.
+
+    No entry of U or Vh is larger than 1, so that fp16 holds them all. But only Triton multiplies the two.
+    """
+    finer = dtype == torch.bfloat16 and device.type == "cuda" and serving("cuda") == "triton"
+    return torch.float16 if finer else dtype
 
 
 def serving(device_type: str) -> str:
-    """The name of the backend that runs the ops on this kind of device: "cpu", "cuda", "triton" or "reference"."""
+    """The name of the backend that runs the ops on this kind of device: "cpu", "cuda", "triton" or "reference".
+
+    Where both "triton" and "cuda" are there, it is "triton", which serves all types; who runs a call is measured.
+    """
     if device_type == "cpu" and extension is not None:
         return "cpu"
     if not why_no_triton and (device_type == "cuda" or _choice == "triton"):

@@ -52,7 +52,7 @@ def _exactly(argument: Any) -> object:
 
 def _key(op: str, arguments: Sequence[Any]) -> str:
     """Op, device, versions, types and sizes; of the rows that the first tensor has, the next power of two."""
-    tensors = [a for a in _flat(arguments) if isinstance(a, Tensor)]
+    tensors = list(tensors_of(arguments))
     rows = tensors[0].shape[:-1]
     device = torch.cuda.get_device_name(tensors[0].device) if tensors[0].is_cuda else "cpu"
     parts = [op, device, torch.__version__, f"rows {1 << max(0, rows.numel() - 1).bit_length()}"]
@@ -62,6 +62,11 @@ def _key(op: str, arguments: Sequence[Any]) -> str:
         parts.append(f"{str(tensor.dtype).removeprefix('torch.')} {size}x{tensor.shape[-1]} {layout}")
     parts += [str(a) for a in _flat(arguments) if isinstance(a, bool)]
     return "; ".join(parts)
+
+
+def tensors_of(arguments: Sequence[Any]) -> Iterator[Tensor]:
+    """The tensors among an op's arguments, in lists or not."""
+    return (argument for argument in _flat(arguments) if isinstance(argument, Tensor))
 
 
 def _flat(arguments: Sequence[Any]) -> Iterator[Any]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends
-from .factors import factor_dtype
+from .backends import factor_dtype
 from .ops import (
     expand,
     expand_backward,

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional as SF
+from .backends import factor_dtype
 from .decompose import decompose
 from .errors import SVDiffError
-from .factors import Factors, factor_dtype
+from .factors import Factors
 from .lazy import LazyWeight
 
 if TYPE_CHECKING:
