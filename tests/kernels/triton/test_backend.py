@@ -36,8 +36,8 @@ def test_whole_layers_and_models_behave_as_ever(file: str, chosen: str) -> None:
 @pytest.mark.parametrize(
     ("dtype", "interpret", "message"),
     [
-        ("torch.float64", "1", "SVDIFF_BACKEND=triton cannot serve float64 on cpu"),
-        ("torch.float32", "0", "SVDIFF_BACKEND=triton cannot serve float32 on cpu"),
+        ("torch.float64", "1", "SVDIFF_BACKEND=triton cannot serve linear of float64, float32 on cpu"),
+        ("torch.float32", "0", "SVDIFF_BACKEND=triton cannot serve linear of float32 on cpu"),
     ],
 )
 def test_what_it_cannot_serve_is_an_error(dtype: str, interpret: str, message: str) -> None:
