@@ -104,16 +104,17 @@ class Contenders:
         names = [name for name in RIVALS if name not in ("lora-attention", "lora-compiled")]
         total = {label: cost.Cost(0, 0) for label in (runner.OURS, *map(self.label, names))}
         for layer, count in registry.layers(self.config, 8 * self.bench.latents).items():
-            shape = layer.M, layer.N, layer.T * self.bench.batch, size
+            shape, fold = (layer.M, layer.N, layer.T * self.bench.batch, size), layer.fold
             full = rank is None or rank >= min(layer.M, layer.N)
             each = {
-                "lora": cost.lora(*shape, lora),
-                "naive": cost.svdiff_pytorch(*shape),
-                "parametrize": cost.svdiff_pytorch(*shape),
-                "broadcast": cost.recomposed(*shape),
-                "frozen": cost.frozen(*shape),
+                "lora": cost.lora(*shape, lora, fold),
+                "naive": cost.svdiff_pytorch(*shape, fold),
+                "parametrize": cost.svdiff_pytorch(*shape, fold),
+                "broadcast": cost.recomposed(*shape, fold=fold),
+                "frozen": cost.frozen(*shape, fold),
             }
-            total[runner.OURS] += count * (cost.factored(*shape) if full else cost.residual(*shape, rank or 0))
+            ours = cost.factored(*shape, fold=fold) if full else cost.residual(*shape, rank or 0, fold)
+            total[runner.OURS] += count * ours
             for name, one in each.items():
                 total[self.label(name)] += count * one
         return total

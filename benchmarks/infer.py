@@ -106,7 +106,7 @@ def _costs(contenders: Contenders) -> dict[str, cost.Cost]:
     size, batch = contenders.dtype.itemsize, contenders.bench.batch
     spectral = dense = cost.Cost(0, 0)
     for layer, count in registry.layers(contenders.config, 8 * contenders.bench.latents).items():
-        M, N, T = layer.M, layer.N, layer.T * batch
-        dense += count * cost.gemm(T, N, M, size)
-        spectral += count * (cost.gemm(T, N, min(M, N), size) + cost.gemm(T, min(M, N), M, size))
+        shape = layer.M, layer.N, layer.T * batch
+        dense += count * cost.frozen_products(*shape, layer.fold)[0].cost(size)
+        spectral += count * cost.total(cost.factored_products(*shape, fold=layer.fold)[:2], size)
     return {runner.DENSE: dense} | {ours(n): spectral for n in COUNTS}

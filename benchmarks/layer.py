@@ -36,26 +36,27 @@ def contenders(
     dense = dense_layer(layer, dtype)
     spectral = spectral_layer(dense)
     x = filled((batch, *layer.inputs[1:]), 1.0).to(dtype)
-    M, N, T, size = layer.M, layer.N, layer.T * batch, dtype.itemsize
+    M, N, T, size, fold = layer.M, layer.N, layer.T * batch, dtype.itemsize, layer.fold
     steps = {runner.OURS: _step(spectral, x)}
-    costs = {runner.OURS: cost.factored(M, N, T, size)}
+    costs = {runner.OURS: cost.factored(M, N, T, size, fold=fold)}
     if min(M, N) > RESIDUAL_RANK:
         name = f"svdiff residual r={RESIDUAL_RANK}"
         steps[name] = _step(spectral_layer(dense, rank=RESIDUAL_RANK), x)
-        costs[name] = cost.residual(M, N, T, size, RESIDUAL_RANK)
+        costs[name] = cost.residual(M, N, T, size, RESIDUAL_RANK, fold)
     for way in ("diag", "broadcast", "parametrize"):
         naive = nn.ModuleDict({"layer": twin(dense)})
         baselines.recompose(naive, {"layer": spectral}, way)
         name = {"diag": runner.NAIVE, "parametrize": runner.PARAMETRIZE, "broadcast": runner.BROADCAST}[way]
         steps[name] = _step(naive["layer"], x)
-        costs[name] = cost.recomposed(M, N, T, size) if way == "broadcast" else cost.svdiff_pytorch(M, N, T, size)
+        count = cost.recomposed if way == "broadcast" else cost.svdiff_pytorch
+        costs[name] = count(M, N, T, size, fold=fold)
     for rank in ranks:
         adapted = nn.ModuleDict({"layer": twin(dense)})
         baselines.add_lora(adapted, ["layer"], rank)
         steps[f"lora r={rank}"] = _step(adapted["layer"], x)
-        costs[f"lora r={rank}"] = cost.lora(M, N, T, size, rank)
+        costs[f"lora r={rank}"] = cost.lora(M, N, T, size, rank, fold)
     steps[runner.FROZEN] = _step(dense, x)
-    costs[runner.FROZEN] = cost.frozen(M, N, T, size)
+    costs[runner.FROZEN] = cost.frozen(M, N, T, size, fold)
     return steps, costs
 
 
