@@ -12,7 +12,7 @@ import torch
 from svdiff.bench import BenchConfig
 from torch import nn
 
-from . import cost, registry, runner
+from . import baselines, cost, registry, runner
 from .contenders import Contenders, Inputs
 from .models import twin
 
@@ -35,9 +35,11 @@ def run(bench: BenchConfig) -> list[runner.Timing]:
     for count in COUNTS:
         steps[ours(count)] = _mixed(contenders.spectral, bank, mixes(count, bench.batch), inputs)
     steps[runner.DENSE] = _forward(contenders.dense, inputs)
-    steps[PEFT_MIXED.format(bench.lora_rank)] = _peft(contenders, inputs)
+    if baselines.has_peft():
+        steps[PEFT_MIXED.format(bench.lora_rank)] = _peft(contenders, inputs)
     steps[REBUILT] = _rebuilt(contenders, inputs)
-    return runner.interleave(steps, bench.rounds, subject=contenders.config.stem, costs=_costs(contenders))
+    subject, costs = contenders.config.stem, _costs(contenders)
+    return runner.interleave(steps, bench.rounds, subject=subject, costs=costs, device=bench.device)
 
 
 def ours(count: int) -> str:

@@ -34,9 +34,11 @@ def test_layers_are_measured_in_every_way(tmp_path: Path) -> None:
 def test_the_op_is_measured_against_a_dense_layer(tmp_path: Path) -> None:
     lines = lines_of(tmp_path, level="op")
     assert {line["subject"] for line in lines} == {
-        f"{count} x expand {r} to {M}, T={T}" for (M, r, T), count in op.shapes("clip", 256).items()
+        f"{count} x expand {r} to {M}, T={T}{part}"
+        for (M, r, T), count in op.shapes("clip", 256).items()
+        for part in (op.BOTH, op.FORWARD, op.BACKWARD)
     }
-    assert all(line["tflop_per_s"] > 0 for line in lines if line["name"] == op.DENSE)
+    assert all(line["tflop_per_s"] > 0 for line in lines if line["name"] in (op.DENSE, op.GEMM))
 
 
 def test_decompositions_are_measured(tmp_path: Path) -> None:
