@@ -22,7 +22,7 @@ bench: $(READY) ## a training step of an SD 1.5-size UNet against its rivals
 	$(BIN)/svdiff bench unet
 
 gpu: ## on a machine with a GPU: build, test and measure, in nine minutes; needs no .venv but PYTHON's own torch
-	PYTHONPATH=.:python $(PYTHON) -m benchmarks.gpu --output $(OUTPUT)
+	PYTHONPATH=.:python:$$PYTHONPATH $(PYTHON) -m benchmarks.gpu --output $(OUTPUT)
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .
