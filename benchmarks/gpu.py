@@ -82,12 +82,12 @@ def stages(output: Path) -> list[Stage]:
     memcheck = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", *pytest, *strides, "-k", "strides")
     small = {**untuned, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return [
-        Stage("build", (sys.executable, "setup.py", "build_ext", "--inplace"), 150, ("setuptools",)),
+        Stage("build", (sys.executable, "setup.py", "build_ext", "--inplace"), 120, ("setuptools",)),
         Stage("info", (sys.executable, "-m", "svdiff_kernels.info"), 30),
         Stage("tests", (*pytest, str(_TESTS), *ignored, *many), 120, ("pytest", "hypothesis"), environment=untuned),
-        _level(output, "op", "sd15", 1, 60, "--graph", "true", "--rounds", "5"),
-        _level(output, "unet", "sd15", 1, 80, "--graph", "true"),
-        _level(output, "unet", "sd15", 4, 60, "--graph", "true"),
+        _level(output, "op", "sd15", 1, 110, "--graph", "true", "--rounds", "5"),
+        _level(output, "unet", "sd15", 1, 90, "--graph", "true"),
+        _level(output, "unet", "sd15", 4, 80, "--graph", "true"),
         _level(output, "unet", "sdxl", 1, 100, "--graph", "true", "--rounds", "5"),
         _level(output, "infer", "sd15", 8, 50, "--rounds", "5"),
         Stage("memcheck", memcheck, 60, ("pytest", "compute-sanitizer"), environment=small),
@@ -216,15 +216,17 @@ def _rows(lines: list[Line], known: list[predict.Prediction]) -> list[str]:
 
 
 def _rates(lines: list[Line], known: list[predict.Prediction]) -> list[str]:
-    """Of `expand` to a plain product, over all shapes and of the slowest."""
+    """Of `expand` to a plain product, over all shapes that were measured and of the slowest."""
     rows = []
     for part, name in ((FORWARD, predict.FORWARD), (BACKWARD, predict.BACKWARD)):
         subjects: dict[str, dict[str, float]] = {}
         for line in lines:
             if line["subject"].endswith(part):
                 subjects.setdefault(line["subject"], {})[line["name"]] = line["p50"]
-        guesses = [p for p in known if p.what == "expand" and p.name == name]
-        for contender in dict.fromkeys(name for times in subjects.values() for name in times if name != GEMM):
+        shapes = {_shape(subject).removesuffix(part) for subject in subjects}
+        guesses = [p for p in known if p.what == "expand" and p.name == name and p.subject in shapes]
+        others = (GEMM, runner.CONTROL)
+        for contender in dict.fromkeys(name for times in subjects.values() for name in times if name not in others):
             pairs = [
                 (_count(subject) * times[GEMM], _count(subject) * times[contender])
                 for subject, times in subjects.items()
@@ -245,11 +247,15 @@ def _rates(lines: list[Line], known: list[predict.Prediction]) -> list[str]:
 
 
 def _sums(lines: list[Line], known: list[predict.Prediction]) -> list[str]:
-    """Of all layers, each as often as it occurs, as graphs."""
+    """Of all layers that were measured, each as often as it occurs, as graphs."""
     rows = []
     for name in dict.fromkeys(line["name"] for line in lines):
-        taken = sum(_count(line["subject"]) * line["p50"] for line in lines if line["name"] == name)
-        guesses = [p.count * p.graph_ms for p in known if p.what == "layer" and p.name == name]
+        mine = [line for line in lines if line["name"] == name]
+        taken = sum(_count(line["subject"]) * line["p50"] for line in mine)
+        subjects = {_shape(line["subject"]) for line in mine}
+        guesses = [
+            p.count * p.graph_ms for p in known if p.what == "layer" and p.name == name and p.subject in subjects
+        ]
         guess = f"{sum(guesses):.2f}" if guesses else ""
         rows.append(f"{f'{_setting(lines[0])}, all layers, {name}':86}{guess:>16}{1e3 * taken:10.2f}")
     return rows
@@ -258,6 +264,11 @@ def _sums(lines: list[Line], known: list[predict.Prediction]) -> list[str]:
 def _count(subject: str) -> int:
     """The 3 of "3 x linear ..."."""
     return int(subject.split(" x ", 1)[0])
+
+
+def _shape(subject: str) -> str:
+    """What follows it."""
+    return subject.split(" x ", 1)[1]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

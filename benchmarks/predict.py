@@ -1,6 +1,7 @@
 """What data sheets allow: `python -m benchmarks.predict`, written before anything was measured on a GPU.
 
-These are bounds, not guesses at what a program will reach; the ratios between methods are what they are for. Assumed:
+They are optimistic on purpose: what the hardware allows, not what a program will reach. The ratios between methods are
+what they are for. Assumed:
 
 - A product takes the longer of two: its operations at the chip's dense half-precision peak, in whole waves of
   128 x 128 tiles over the multiprocessors, the inner dimension split where that fills them better; and its bytes

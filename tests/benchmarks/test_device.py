@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -91,6 +92,21 @@ def test_a_graph_is_captured_once_and_replayed(cuda: FakeCuda, monkeypatch: pyte
     assert captures == [10, 10] and cuda.did.count("replay") == 2 * (1 + 1) + 3 * 3
     assert [t.name for t in timings] == ["ours", "rival", runner.CONTROL]
     assert all(t.p50 == pytest.approx(0.002) for t in timings)
+
+
+def test_a_capture_comes_after_warm_up_and_on_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, order = MagicMock(), []
+    graph = cuda.CUDAGraph.return_value
+    graph.capture_begin.side_effect = lambda: order.append("begin")
+    graph.capture_end.side_effect = lambda: order.append("end")
+    graph.replay.side_effect = lambda: order.append("replay")
+    cuda.stream.return_value.__exit__.return_value = None
+    monkeypatch.setattr(torch, "cuda", cuda)
+    step = device.graphed(lambda: order.append("step"), calls=2)
+    step()
+    step()
+    assert order == [*["step"] * 3, "begin", "step", "step", "end", "replay", "replay"]
+    assert cuda.stream.call_args_list == [((cuda.Stream.return_value,),)] * 2
 
 
 def test_memory_is_what_tensors_take_from_then_on(cuda: FakeCuda) -> None:

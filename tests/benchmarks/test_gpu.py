@@ -123,9 +123,12 @@ def test_measured_stands_beside_predicted(tmp_path: Path) -> None:
             line("unet", 1, "u", runner.NAIVE, 0.0, failure="out of memory"),
         ],
         "infer": [line("infer", 8, "u", infer.ours(8), 0.033), line("infer", 8, "u", runner.DENSE, 0.031)],
-        "layer": [line("layer", 1, f"{n} x linear", runner.OURS, 0.001) for n in (2, 5)],
+        "layer": [
+            line("layer", 1, f"{n} x {shape}", runner.OURS, 0.001)
+            for n, shape in ((30, "linear 320x320 T=4096"), (5, "linear 10240x1280 T=256"))
+        ],
         "op": [
-            line("op", 1, f"3 x expand{part}", who, seconds)
+            line("op", 1, f"30 x expand 320 to 320, T=4096{part}", who, seconds)
             for part, ours in ((op.FORWARD, 0.002), (op.BACKWARD, 0.004))
             for who, seconds in (("triton", ours), (op.GEMM, 0.001))
         ],
@@ -143,7 +146,13 @@ def test_measured_stands_beside_predicted(tmp_path: Path) -> None:
     assert rows[f"unet sd15 batch 1, svdiff{GRAPH}"] == [f"{step[runner.OURS].graph_ms:.2f}", "11.00"]
     assert f"unet sd15 batch 1, {runner.NAIVE}: failed: out of memory" in text
     assert rows["infer sd15 batch 8, svdiff, 8 deltas"][1] == "33.00"
-    assert rows["layer sd15 batch 1, all layers, svdiff"][1] == "7.00"
+    both = sum(
+        p.count * p.graph_ms
+        for p in predict.read(gpu._PREDICTED)
+        if (p.chip, p.model, p.what, p.name) == ("H200", "sd15", "layer", runner.OURS)
+        and p.subject in ("linear 320x320 T=4096", "linear 10240x1280 T=256")
+    )
+    assert rows["layer sd15 batch 1, all layers, svdiff"] == [f"{both:.2f}", "35.00"]
     assert rows["op sd15 batch 1, expand forward, triton, all together"][-1] == "0.50"
     assert rows["op sd15 batch 1, expand backward, triton, the slowest"][-1] == "0.25"
     assert "build               9.0  cut: why" in text
