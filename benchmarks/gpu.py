@@ -88,8 +88,8 @@ def stages(output: Path) -> list[Stage]:
         _level(output, "op", "sd15", 1, 110, "--graph", "true", "--rounds", "5"),
         _level(output, "unet", "sd15", 1, 90, "--graph", "true"),
         _level(output, "unet", "sd15", 4, 80, "--graph", "true"),
-        _level(output, "unet", "sdxl", 1, 100, "--graph", "true", "--rounds", "5"),
-        _level(output, "infer", "sd15", 8, 50, "--rounds", "5"),
+        _level(output, "unet", "sdxl", 1, 120, "--graph", "true", "--rounds", "5"),
+        _level(output, "infer", "sd15", 8, 80, "--rounds", "5"),
         Stage("memcheck", memcheck, 60, ("pytest", "compute-sanitizer"), environment=small),
         _level(output, "layer", "sd15", 1, 80, "--graph", "true", "--rounds", "3"),
     ]

@@ -68,8 +68,9 @@ def calls_of(model: nn.Module, names: Iterable[str], inputs: Mapping[str, Any]) 
 def filled(shape: tuple[int, ...], std: float, device: str = "cpu") -> Tensor:
     """Random numbers, repeated past the first million."""
     count = torch.Size(shape).numel()
-    pool = torch.randn(min(count, 1_000_003), generator=torch.Generator().manual_seed(count)) * std
-    return pool.to(device).repeat(-(-count // len(pool)))[:count].view(shape)
+    generator = torch.Generator(device).manual_seed(count)
+    pool = torch.randn(min(count, 1_000_003), generator=generator, device=device) * std
+    return pool.repeat(-(-count // len(pool)))[:count].view(shape)
 
 
 def twin(model: nn.Module) -> nn.Module:
