@@ -50,7 +50,6 @@ NAMES = (runner.OURS, LORA, runner.NAIVE, runner.FROZEN)
 MODELS = {"sd15": 512, "sdxl": 1024}
 BATCHES = (1, 4)
 MIXED, INFER_BATCH = f"{runner.OURS}, 8 deltas", 8
-_EVERY = {"layers": "layers", "whole": "remainder"}
 FORWARD, BACKWARD = "expand forward", "expand backward"
 
 
@@ -315,9 +314,12 @@ def table(lines: Sequence[Prediction], chip: str | None = None) -> str:
     text = ["chip   TFLOP/s   GB/s   multiprocessors"]
     text += [f"{c.name:7}{c.flops / 1e12:7.0f}{c.bandwidth / 1e9:7.0f}{c.multiprocessors:18}" for c in CHIPS]
     for what, title in (("step", "forward and backward"), ("infer", f"forward, batch {INFER_BATCH}")):
-        for part, of in (("layers", "the linear and conv layers"), ("whole", "and with the remainder")):
+        for parts, of in (
+            (("layers",), "the linear and conv layers"),
+            (("remainder", "whole"), "and with the remainder"),
+        ):
             text += ["", f"{title}, {of}: ms as a CUDA graph / eager", _head(f"{'kernels':>8}{'TFLOP':>8}")]
-            text += _totals([line for line in lines if line.what == what and line.subject in (part, _EVERY[part])])
+            text += _totals([line for line in lines if line.what == what and line.subject in parts])
     text += ["", "expand, batch 1: its rate relative to a plain product's, apart to overlapped", _head(f"{'':16}")]
     text += _rates([line for line in lines if line.what == "expand"])
     if chip:
