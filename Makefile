@@ -8,7 +8,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test bench lint clean
+OUTPUT ?= benchmarks/results
+
+.PHONY: help demo test bench gpu lint clean
 help:
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/'
 
@@ -20,6 +22,9 @@ test: $(READY) ## all tests, the slow ones included
 
 bench: $(READY) ## a training step of an SD 1.5-size UNet against its rivals
 	$(BIN)/svdiff bench unet
+
+gpu: ## on a machine with a GPU: build, test and measure, in nine minutes; needs no .venv but PYTHON's own torch
+	PYTHONPATH=.:python:$$PYTHONPATH $(PYTHON) -m benchmarks.gpu --output $(OUTPUT)
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .

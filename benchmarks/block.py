@@ -24,7 +24,7 @@ def run(bench: BenchConfig) -> list[runner.Timing]:
     timings: list[runner.Timing] = []
     for name in blocks:
         steps = {label: _step(model.get_submodule(name), *seen[name]) for label, model in models.items()}
-        timings += runner.interleave(steps, bench.rounds, subject=name)
+        timings += runner.interleave(steps, bench.rounds, subject=name, device=bench.device)
     return timings
 
 

@@ -52,16 +52,23 @@ def read(file: Path) -> dict[tuple[Any, ...], Lines]:
 
     Raises:
         ValueError: it is no result file.
+
+    Ratios of different devices have nothing to do with one another, so the device is part of what a subject is.
     """
     subjects: dict[tuple[Any, ...], Lines] = {}
     for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             line = json.loads(text)
-            name, key = line["name"], tuple(line.get(setting) for setting in _SETTINGS)
+            name, key = line["name"], (*(line.get(setting) for setting in _SETTINGS), _device_of(line))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file}, line {number}, is no result of svdiff bench") from error
         subjects.setdefault(key, {})[name] = line
     return subjects
+
+
+def _device_of(line: dict[str, Any]) -> str:
+    """The kind of GPU; any CPU is as good as another."""
+    return str(line["gpu"]) if line.get("device", "cpu") == "cuda" else "cpu"
 
 
 def compare(a: dict[tuple[Any, ...], Lines], b: dict[tuple[Any, ...], Lines]) -> list[Change]:
@@ -98,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"compare: error: {error}", file=sys.stderr)
         return 2
     if not changes:
-        print(f"compare: error: {options.A} and {options.B} have no subject in common", file=sys.stderr)
+        print(f"compare: error: {options.A} and {options.B} have no subject of one device in common", file=sys.stderr)
         return 2
     regressions = 0
     for change in changes:

@@ -14,6 +14,7 @@ import torch
 from svdiff.bench import RIVALS, BenchConfig
 from svdiff.targets import select
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from . import baselines, cost, registry, runner
 from .models import RandomFactors, random_unet, twin
@@ -33,7 +34,7 @@ class Contenders:
         self.bench = bench
         self.dtype = runner.DTYPES[bench.dtype]
         self.config = Path(bench.config) if bench.config else registry.CONFIGS / registry.MODELS[bench.model]
-        self.dense = random_unet(self.config, self.dtype).requires_grad_(False)
+        self.dense = random_unet(self.config, self.dtype, bench.device).requires_grad_(False)
         self.names = [n for n, module in self.dense.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
 
     @cached_property
@@ -80,7 +81,7 @@ class Contenders:
             return model, parameters
         layers = {name: self.spectral.get_submodule(name) for name in self.names}
         way: baselines.Way = "diag" if name == "naive" else name  # type: ignore[assignment]
-        return model, baselines.recompose(model, layers, way)
+        return model, baselines.recompose(model, layers, way, baselines.master(self.dtype, self.bench.device))
 
     def inputs(self) -> Inputs:
         """Arguments of the UNet for one batch: noisy latents, timesteps, text states, and what SDXL adds."""
@@ -96,7 +97,7 @@ class Contenders:
         }
         if added := registry.added_conditions(config, batch):
             inputs["added_cond_kwargs"] = {key: value.to(self.dtype) for key, value in added.items()}
-        return inputs
+        return tree_map_only(torch.Tensor, lambda t: t.to(bench.device), inputs)
 
     def costs(self) -> dict[str, cost.Cost]:
         """By label, what the linear and conv layers of a step cost by count; the rest of the model is left out."""
@@ -104,16 +105,17 @@ class Contenders:
         names = [name for name in RIVALS if name not in ("lora-attention", "lora-compiled")]
         total = {label: cost.Cost(0, 0) for label in (runner.OURS, *map(self.label, names))}
         for layer, count in registry.layers(self.config, 8 * self.bench.latents).items():
-            shape = layer.M, layer.N, layer.T * self.bench.batch, size
+            shape, fold = (layer.M, layer.N, layer.T * self.bench.batch, size), layer.fold
             full = rank is None or rank >= min(layer.M, layer.N)
             each = {
-                "lora": cost.lora(*shape, lora),
-                "naive": cost.svdiff_pytorch(*shape),
-                "parametrize": cost.svdiff_pytorch(*shape),
-                "broadcast": cost.recomposed(*shape),
-                "frozen": cost.frozen(*shape),
+                "lora": cost.lora(*shape, lora, fold),
+                "naive": cost.svdiff_pytorch(*shape, fold),
+                "parametrize": cost.svdiff_pytorch(*shape, fold),
+                "broadcast": cost.recomposed(*shape, fold=fold),
+                "frozen": cost.frozen(*shape, fold),
             }
-            total[runner.OURS] += count * (cost.factored(*shape) if full else cost.residual(*shape, rank or 0))
+            ours = cost.factored(*shape, fold=fold) if full else cost.residual(*shape, rank or 0, fold)
+            total[runner.OURS] += count * ours
             for name, one in each.items():
                 total[self.label(name)] += count * one
         return total
@@ -121,7 +123,8 @@ class Contenders:
 
 def training_step(model: nn.Module, parameters: list[nn.Parameter], inputs: Inputs) -> runner.Step:
     """Forward, loss, backward, AdamW; without parameters the gradient goes to the input, as through a frozen model."""
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True) if parameters else None
+    on_gpu = inputs["sample"].is_cuda  # where the step may be captured in a graph
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True, capturable=on_gpu) if parameters else None
 
     def step() -> None:
         sample = inputs["sample"].clone().requires_grad_(optimizer is None)

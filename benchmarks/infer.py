@@ -12,7 +12,7 @@ import torch
 from svdiff.bench import BenchConfig
 from torch import nn
 
-from . import cost, registry, runner
+from . import baselines, cost, registry, runner
 from .contenders import Contenders, Inputs
 from .models import twin
 
@@ -35,9 +35,11 @@ def run(bench: BenchConfig) -> list[runner.Timing]:
     for count in COUNTS:
         steps[ours(count)] = _mixed(contenders.spectral, bank, mixes(count, bench.batch), inputs)
     steps[runner.DENSE] = _forward(contenders.dense, inputs)
-    steps[PEFT_MIXED.format(bench.lora_rank)] = _peft(contenders, inputs)
+    if baselines.has_peft():
+        steps[PEFT_MIXED.format(bench.lora_rank)] = _peft(contenders, inputs)
     steps[REBUILT] = _rebuilt(contenders, inputs)
-    return runner.interleave(steps, bench.rounds, subject=contenders.config.stem, costs=_costs(contenders))
+    subject, costs = contenders.config.stem, _costs(contenders)
+    return runner.interleave(steps, bench.rounds, subject=subject, costs=costs, device=bench.device)
 
 
 def ours(count: int) -> str:
@@ -106,7 +108,7 @@ def _costs(contenders: Contenders) -> dict[str, cost.Cost]:
     size, batch = contenders.dtype.itemsize, contenders.bench.batch
     spectral = dense = cost.Cost(0, 0)
     for layer, count in registry.layers(contenders.config, 8 * contenders.bench.latents).items():
-        M, N, T = layer.M, layer.N, layer.T * batch
-        dense += count * cost.gemm(T, N, M, size)
-        spectral += count * (cost.gemm(T, N, min(M, N), size) + cost.gemm(T, min(M, N), M, size))
+        shape = layer.M, layer.N, layer.T * batch
+        dense += count * cost.frozen_products(*shape, layer.fold)[0].cost(size)
+        spectral += count * cost.total(cost.factored_products(*shape, fold=layer.fold)[:2], size)
     return {runner.DENSE: dense} | {ours(n): spectral for n in COUNTS}

@@ -24,47 +24,55 @@ def run(bench: BenchConfig) -> list[runner.Timing]:
     shapes = registry.layers(bench.model, bench.latents * 8)
     timings: list[runner.Timing] = []
     for layer, count in shapes.items():
-        steps, costs = contenders(layer, bench.batch, dtype)
-        timings += runner.interleave(steps, bench.rounds, subject=f"{count} x {layer}", costs=costs)
+        steps, costs = contenders(layer, bench.batch, dtype, device=bench.device)
+        subject = f"{count} x {layer}"
+        timings += runner.interleave(
+            steps, bench.rounds, subject=subject, costs=costs, device=bench.device, graph=bench.graph
+        )
     return timings
 
 
 def contenders(
-    layer: registry.Layer, batch: int, dtype: torch.dtype, ranks: tuple[int, ...] = LORA_RANKS
+    layer: registry.Layer,
+    batch: int,
+    dtype: torch.dtype,
+    ranks: tuple[int, ...] = LORA_RANKS,
+    device: str = "cpu",
 ) -> tuple[dict[str, runner.Step], dict[str, cost.Cost]]:
-    """Steps of one layer by name, and what each costs by count."""
-    dense = dense_layer(layer, dtype)
+    """Steps of one layer by name, and what each costs by count; without PEFT there is no LoRA."""
+    dense = dense_layer(layer, dtype, device)
     spectral = spectral_layer(dense)
-    x = filled((batch, *layer.inputs[1:]), 1.0).to(dtype)
-    M, N, T, size = layer.M, layer.N, layer.T * batch, dtype.itemsize
+    x = filled((batch, *layer.inputs[1:]), 1.0, device).to(dtype)
+    M, N, T, size, fold = layer.M, layer.N, layer.T * batch, dtype.itemsize, layer.fold
     steps = {runner.OURS: _step(spectral, x)}
-    costs = {runner.OURS: cost.factored(M, N, T, size)}
+    costs = {runner.OURS: cost.factored(M, N, T, size, fold=fold)}
     if min(M, N) > RESIDUAL_RANK:
         name = f"svdiff residual r={RESIDUAL_RANK}"
         steps[name] = _step(spectral_layer(dense, rank=RESIDUAL_RANK), x)
-        costs[name] = cost.residual(M, N, T, size, RESIDUAL_RANK)
+        costs[name] = cost.residual(M, N, T, size, RESIDUAL_RANK, fold)
     for way in ("diag", "broadcast", "parametrize"):
         naive = nn.ModuleDict({"layer": twin(dense)})
-        baselines.recompose(naive, {"layer": spectral}, way)
+        baselines.recompose(naive, {"layer": spectral}, way, baselines.master(dtype, device))
         name = {"diag": runner.NAIVE, "parametrize": runner.PARAMETRIZE, "broadcast": runner.BROADCAST}[way]
         steps[name] = _step(naive["layer"], x)
-        costs[name] = cost.recomposed(M, N, T, size) if way == "broadcast" else cost.svdiff_pytorch(M, N, T, size)
-    for rank in ranks:
+        count = cost.recomposed if way == "broadcast" else cost.svdiff_pytorch
+        costs[name] = count(M, N, T, size, fold=fold)
+    for rank in ranks if baselines.has_peft() else ():
         adapted = nn.ModuleDict({"layer": twin(dense)})
         baselines.add_lora(adapted, ["layer"], rank)
         steps[f"lora r={rank}"] = _step(adapted["layer"], x)
-        costs[f"lora r={rank}"] = cost.lora(M, N, T, size, rank)
+        costs[f"lora r={rank}"] = cost.lora(M, N, T, size, rank, fold)
     steps[runner.FROZEN] = _step(dense, x)
-    costs[runner.FROZEN] = cost.frozen(M, N, T, size)
+    costs[runner.FROZEN] = cost.frozen(M, N, T, size, fold)
     return steps, costs
 
 
-def dense_layer(layer: registry.Layer, dtype: torch.dtype) -> nn.Linear | nn.Conv2d:
+def dense_layer(layer: registry.Layer, dtype: torch.dtype, device: str = "cpu") -> nn.Linear | nn.Conv2d:
     """A frozen layer of this shape with random weights."""
     dense = layer.module(dtype)
-    weight = filled(tuple(dense.weight.shape), dense.weight[0].numel() ** -0.5).to(dtype)
+    weight = filled(tuple(dense.weight.shape), dense.weight[0].numel() ** -0.5, device).to(dtype)
     dense.weight = nn.Parameter(weight, requires_grad=False)
-    dense.bias = nn.Parameter(torch.zeros(layer.M, dtype=dtype), requires_grad=False)
+    dense.bias = nn.Parameter(torch.zeros(layer.M, dtype=dtype, device=device), requires_grad=False)
     return dense
 
 

@@ -1,14 +1,14 @@
 """The most memory that a training step of a UNet holds, each contender in a process of its own.
 
-It is resident memory at its highest during the steps, weights and interpreter included; setting up is left out. On
-systems other than Linux there is no way to leave it out, and the level refuses.
+On a CPU it is resident memory at its highest during the steps, weights and interpreter included; setting up is left
+out. On systems other than Linux there is no way to leave it out, and the level refuses. On a GPU it is what tensors
+take there.
 """
 
 from __future__ import annotations
 
 import gc
 import resource
-import time
 from pathlib import Path
 
 from svdiff.bench import BenchConfig
@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from svdiff_kernels import SVDiffError
 
 from . import child, runner
+from . import device as devices
 from .contenders import Contenders, training_step
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -26,7 +27,7 @@ _OURS = "ours"
 
 def run(bench: BenchConfig) -> list[runner.Timing]:
     """Measure one contender after the other; a contender that fails keeps its line and says why."""
-    if not _RESET.exists():
+    if bench.device == "cpu" and not _RESET.exists():
         raise SVDiffError("bench memory reads /proc, which this system does not have")
     seconds: dict[str, list[float]] = {}
     peaks: dict[str, int] = {}
@@ -50,7 +51,10 @@ def run(bench: BenchConfig) -> list[runner.Timing]:
 def main() -> None:
     """Measure one contender in this process."""
     bench, (name,) = child.settings()
-    if bench.memory_gb:
+    on_gpu = bench.device == "cuda"
+    if bench.memory_gb and on_gpu:
+        devices.limit_memory(bench.memory_gb)
+    elif bench.memory_gb:
         most = int(bench.memory_gb * 1e9)
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     contenders = Contenders(bench)
@@ -60,14 +64,17 @@ def main() -> None:
     del contenders, model, parameters  # what the others would need
     gc.collect()
     trim_heap()
-    _RESET.write_text("5")  # forget the peak so far
-    seconds = []
-    for _ in range(bench.rounds):
-        start = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - start)
+    if on_gpu:
+        devices.forget_peak()
+    else:
+        _RESET.write_text("5")  # forget the peak so far
+    seconds = [devices.seconds(bench.device, step) for _ in range(bench.rounds)]
+    child.report(label=label, seconds=seconds, peak_bytes=devices.peak_bytes() if on_gpu else _resident_peak())
+
+
+def _resident_peak() -> int:
     peak = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
-    child.report(label=label, seconds=seconds, peak_bytes=1024 * int(peak.split()[1]))
+    return 1024 * int(peak.split()[1])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from svdiff_kernels import FactorCache, Factors
@@ -21,19 +20,23 @@ class RandomFactors(FactorCache):
     def get(self, weight: Tensor, rank: int | None = None) -> Factors:
         rows, columns = weight.shape[0], weight[0].numel()
         r = min(rows, columns, rank or rows)
-        sigma = torch.linspace(1.5, 0.1, r)
-        return Factors(filled((rows, r), rows**-0.5), sigma, filled((r, columns), columns**-0.5))
+        device = str(weight.device)
+        sigma = torch.linspace(1.5, 0.1, r, device=device)
+        U, Vh = filled((rows, r), rows**-0.5, device), filled((r, columns), columns**-0.5, device)
+        return Factors(U, sigma, Vh)
 
 
-def random_unet(config: Path, dtype: torch.dtype) -> UNet2DConditionModel:
+def random_unet(config: Path, dtype: torch.dtype, device: str = "cpu") -> Any:
     """A UNet with random weights, made without the minutes that the usual initialisation takes."""
+    from diffusers import UNet2DConditionModel  # not at hand on every machine; single layers do without
+
     with torch.device("meta"):
         model = UNet2DConditionModel.from_config(json.loads(config.read_text()))
-    model.to_empty(device="cpu")
+    model.to_empty(device=device)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() > 1:
-                parameter.data = filled(tuple(parameter.shape), parameter[0].numel() ** -0.5).to(dtype)
+                parameter.data = filled(tuple(parameter.shape), parameter[0].numel() ** -0.5, device).to(dtype)
             else:
                 parameter.data = torch.full_like(parameter.data, 1.0 if name == "weight" else 0.0, dtype=dtype)
     return model
@@ -62,10 +65,11 @@ def calls_of(model: nn.Module, names: Iterable[str], inputs: Mapping[str, Any]) 
     return seen
 
 
-def filled(shape: tuple[int, ...], std: float) -> Tensor:
+def filled(shape: tuple[int, ...], std: float, device: str = "cpu") -> Tensor:
     """Random numbers, repeated past the first million."""
     count = torch.Size(shape).numel()
-    pool = torch.randn(min(count, 1_000_003), generator=torch.Generator().manual_seed(count)) * std
+    generator = torch.Generator(device).manual_seed(count)
+    pool = torch.randn(min(count, 1_000_003), generator=generator, device=device) * std
     return pool.repeat(-(-count // len(pool)))[:count].view(shape)
 
 

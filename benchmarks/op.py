@@ -1,6 +1,12 @@
-"""The one op alone, forward and backward, on the shapes of a real model: ours, plain torch, and a dense layer."""
+"""The one op alone on the shapes of a real model: ours, plain torch, and what any layer of U's shape must cost.
+
+Forward and backward with autograd, as a layer calls them; and each by itself against the vendor's plain product of the
+same shape, which no kernel of ours can be expected to beat.
+"""
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -8,13 +14,20 @@ from svdiff.bench import BenchConfig
 from torch import Tensor
 
 from svdiff_kernels import backends, reference
-from svdiff_kernels.ops import expand
+from svdiff_kernels.ops import expand, expand_backward
 
 from . import registry, runner
 from .cost import Cost, gemm
 from .models import filled
 
 DENSE = "dense layer, r to M"
+GEMM = "plain product of the same shape"
+PLAIN = "plain torch, without autograd"
+FP16 = ", factors in fp16"
+BOTH, FORWARD, BACKWARD = "", ", forward", ", backward"
+"""What follows the shape in a subject."""
+
+Measured = tuple[dict[str, runner.Step], dict[str, Cost]]
 
 
 def run(bench: BenchConfig) -> list[runner.Timing]:
@@ -22,9 +35,16 @@ def run(bench: BenchConfig) -> list[runner.Timing]:
     dtype = runner.DTYPES[bench.dtype]
     timings: list[runner.Timing] = []
     for (M, r, T), count in shapes(bench.model, bench.latents * 8).items():
-        steps, costs = contenders(M, r, T * bench.batch, dtype)
-        subject = f"{count} x expand {r} to {M}, T={T * bench.batch}"
-        timings += runner.interleave(steps, bench.rounds, subject=subject, costs=costs)
+        T *= bench.batch
+        for part, (steps, costs) in contenders(M, r, T, dtype, bench.device).items():
+            timings += runner.interleave(
+                steps,
+                bench.rounds,
+                subject=f"{count} x expand {r} to {M}, T={T}{part}",
+                costs=costs,
+                device=bench.device,
+                graph=bench.graph,
+            )
     return timings
 
 
@@ -37,10 +57,12 @@ def shapes(model: str, pixels: int) -> dict[tuple[int, int, int], int]:
     return found
 
 
-def contenders(M: int, r: int, T: int, dtype: torch.dtype) -> tuple[dict[str, runner.Step], dict[str, Cost]]:
-    """Forward and backward of the op by backend, and of a dense layer of U's shape."""
-    z, U, dy = filled((T, r), 1.0).to(dtype), filled((M, r), M**-0.5).to(dtype), filled((T, M), 1.0).to(dtype)
-    scale, bias = filled((1, r), 1.0), filled((M,), 1.0).to(dtype)
+def contenders(M: int, r: int, T: int, dtype: torch.dtype, device: str = "cpu") -> dict[str, Measured]:
+    """Forward and backward of the op by backend, and of a dense layer of U's shape; then each way by itself."""
+    z, U = filled((T, r), 1.0, device).to(dtype), filled((M, r), M**-0.5, device).to(dtype)
+    dy = filled((T, M), 1.0, device).to(dtype)
+    scale, bias = filled((1, r), 1.0, device), filled((M,), 1.0, device).to(dtype)
+    ours = backends.serving(device)
 
     def dispatched() -> None:
         leaf, trained = z.detach().requires_grad_(), scale.detach().requires_grad_()
@@ -54,10 +76,19 @@ def contenders(M: int, r: int, T: int, dtype: torch.dtype) -> tuple[dict[str, ru
         leaf: Tensor = z.detach().requires_grad_()
         F.linear(leaf, U, bias).backward(dy)
 
-    steps: dict[str, runner.Step] = {
-        backends.serving("cpu"): dispatched,
-        "plain torch, without autograd": plain,
-        DENSE: dense,
+    both: dict[str, runner.Step] = {ours: dispatched, PLAIN: plain, DENSE: dense}
+    forward: dict[str, runner.Step] = {
+        ours: partial(expand, z, U, scale, bias),
+        GEMM: partial(F.linear, z, U, bias),
     }
-    cost = gemm(T, r, M, dtype.itemsize) + gemm(T, M, r, dtype.itemsize)
-    return steps, dict.fromkeys(steps, cost)
+    backward: dict[str, runner.Step] = {
+        ours: partial(expand_backward, dy, z, U, scale, True),
+        GEMM: partial(torch.mm, dy, U),
+    }
+    if device == "cuda" and dtype == torch.bfloat16:
+        z16, U16 = z.half(), U.half()
+        forward[ours + FP16] = partial(expand, z16, U16, scale, bias, dtype=dtype)
+        backward[ours + FP16] = partial(expand_backward, dy, z16, U16, scale, True)
+    up, down = gemm(T, r, M, dtype.itemsize), gemm(T, M, r, dtype.itemsize)
+    measured = {BOTH: (both, up + down), FORWARD: (forward, up), BACKWARD: (backward, down)}
+    return {part: (steps, dict.fromkeys(steps, cost)) for part, (steps, cost) in measured.items()}

@@ -39,9 +39,9 @@ def run(bench: BenchConfig) -> list[runner.Timing]:
     }
     timings: list[runner.Timing] = []
     for subject, (dense, x) in chains.items():
-        dense.to(dtype).requires_grad_(False)
-        steps = _steps(dense, x.to(dtype))
-        timings += runner.interleave(steps, 20 * bench.rounds, subject=subject, warmup=5)
+        dense.to(bench.device, dtype).requires_grad_(False)
+        steps = _steps(dense, x.to(bench.device, dtype))
+        timings += runner.interleave(steps, 20 * bench.rounds, subject=subject, warmup=5, device=bench.device)
     return timings
 
 
@@ -50,7 +50,7 @@ def _steps(dense: nn.Sequential, x: Tensor) -> dict[str, runner.Step]:
     spectral = nn.Sequential(*layers)
     bank = Bank({str(i): layer for i, layer in enumerate(layers)}, root=spectral)
     shifts = bank.parameters_of("default")[0]
-    scales = torch.ones(LAYERS, layers[0].rank, requires_grad=True)
+    scales = torch.ones(LAYERS, layers[0].rank, device=x.device, requires_grad=True)
 
     def plain(x: Tensor) -> Tensor:
         for layer, scale in zip(layers, scales.to(x.dtype).unbind(), strict=True):

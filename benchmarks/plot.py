@@ -40,15 +40,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Draw result files of svdiff bench.")
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--output_dir", type=Path, default=Path("docs/images"))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="whose lines; default %(default)s")
     options = parser.parse_args(argv)
     try:
         subjects = [list(lines.values()) for file in options.files for lines in compare.read(file).values()]
     except (OSError, ValueError) as error:
         print(f"plot: error: {error}", file=sys.stderr)
         return 2
+    subjects = [lines for lines in subjects if lines[0].get("device", "cpu") == options.device]
     drawn = 0
     for name, (level, draw) in FIGURES.items():
-        chosen = [subject for subject in subjects if subject[0]["level"] == level and not subject[0].get("failure")]
+        chosen = [subject for subject in subjects if subject[0].get("level") == level and not subject[0].get("failure")]
         if chosen:
             figure = draw(chosen)
             options.output_dir.mkdir(parents=True, exist_ok=True)

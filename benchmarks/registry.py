@@ -1,20 +1,25 @@
 """The shapes of real layers: every linear and conv of models that people fine-tune, read off their configurations.
 
 Each model is built and run on the meta device, where neither weights nor arithmetic exist, with hooks that write down
-what every layer sees.
+what every layer sees. For machines without diffusers `python -m benchmarks.registry` keeps what comes out for the usual
+sizes in configs/layers.json.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from svdiff_kernels import SVDiffError
 
 CONFIGS = Path(__file__).parent / "configs"
 MODELS = {
@@ -25,6 +30,8 @@ MODELS = {
     "clip": "clip_l_text.json",
 }
 TEXT_TOKENS = 77
+_KEPT = CONFIGS / "layers.json"
+_PIXELS = {"sd15": (256, 512), "sdxl": (512, 1024)}
 
 
 @dataclass(frozen=True, order=True)
@@ -51,7 +58,13 @@ class Layer:
 
     def __str__(self) -> str:
         about = f" {self.kernel}x{self.kernel}" if self.kernel else ""
+        about += f"/{self.stride}" if self.stride > 1 else ""
         return f"{self.kind}{about} {self.M}x{self.N} T={self.T}"
+
+    @property
+    def fold(self) -> float:
+        """Numbers of x in memory for each number of its rows: 1, or less where the pixels of a conv's rows overlap."""
+        return math.prod(self.inputs) / (self.T * self.N)
 
     def module(self, dtype: torch.dtype = torch.float32) -> nn.Linear | nn.Conv2d:
         """A frozen layer of this shape on the meta device."""
@@ -69,10 +82,29 @@ def layers(model: str | Path, pixels: int = 512) -> dict[Layer, int]:
     Args:
         model: a key of `MODELS`, or a configuration file.
         pixels: side of the picture.
+
+    Raises:
+        SVDiffError: this machine has no diffusers, and the shapes of the model at this size are not kept.
     """
+    if importlib.util.find_spec("diffusers") is None:
+        return _kept(str(model), pixels)
+    return _read_off(model, pixels)
+
+
+def _kept(model: str, pixels: int) -> dict[Layer, int]:
+    kept = json.loads(_KEPT.read_text(encoding="utf-8"))
+    rows = kept.get(f"{model} {pixels}")
+    if rows is None:
+        raise SVDiffError(f"the layers of {model} at {pixels} pixels need diffusers; without it: {', '.join(kept)}")
+    return {
+        Layer(kind, M, N, T, tuple(inputs), *rest): n for n, kind, M, N, T, inputs, *rest in kept[f"{model} {pixels}"]
+    }
+
+
+def _read_off(model: str | Path, pixels: int) -> dict[Layer, int]:
     config = CONFIGS / MODELS[model] if isinstance(model, str) else model
     with torch.device("meta"):
-        network, inputs = _network(json.loads(config.read_text()), pixels)
+        network, inputs = network_of(json.loads(config.read_text()), pixels)
     found: Counter[Layer] = Counter()
 
     def write_down(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
@@ -94,7 +126,7 @@ def layers(model: str | Path, pixels: int = 512) -> dict[Layer, int]:
     return dict(sorted(found.items()))
 
 
-def _network(config: dict[str, Any], pixels: int) -> tuple[nn.Module, dict[str, Any]]:
+def network_of(config: dict[str, Any], pixels: int) -> tuple[nn.Module, dict[str, Any]]:
     """The model of a configuration and inputs for one picture, on the present device."""
     if config.get("model_type") == "clip_text_model":
         from transformers import CLIPTextConfig, CLIPTextModel
@@ -131,3 +163,17 @@ def added_conditions(config: Any, batch: int) -> dict[str, Tensor]:
         return {}
     pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
     return {"text_embeds": torch.zeros(batch, pooled), "time_ids": torch.zeros(batch, 6)}
+
+
+def keep() -> str:
+    """The text of configs/layers.json."""
+    sizes = [(model, pixels) for model, many in _PIXELS.items() for pixels in many]
+    blocks = []
+    for model, pixels in sizes:
+        rows = [json.dumps([count, *astuple(layer)]) for layer, count in _read_off(model, pixels).items()]
+        blocks.append(f'"{model} {pixels}": [\n' + ",\n".join(rows) + "\n]")
+    return "{\n" + ",\n".join(blocks) + "\n}\n"
+
+
+if __name__ == "__main__":
+    _KEPT.write_text(keep(), encoding="utf-8")

@@ -14,7 +14,7 @@ import random
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,16 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from . import device as devices
 from . import machine
 from .cost import Cost
+from .device import Step
 
 OURS, NAIVE = "svdiff", "svdiff-pytorch's arithmetic"
 BROADCAST, PARAMETRIZE = "recomposed by broadcast", "author's parametrize"
 FROZEN, DENSE, CONTROL = "frozen (forward and dx)", "dense batch of the base", "A/A control"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-Step = Callable[[], object]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_GRAPH_CALLS = 10
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,10 @@ class Timing:
         return cls(subject, name, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, failure=failure)
 
 
+finished: list[Timing] = []
+"""What `interleave` has measured in this process, for when the rest is cut short."""
+
+
 def interleave(
     steps: Mapping[str, Step],
     rounds: int,
@@ -73,26 +79,45 @@ def interleave(
     costs: Mapping[str, Cost] | None = None,
     warmup: int = 1,
     seed: int = 0,
+    device: str = "cpu",
+    graph: bool = False,
 ) -> list[Timing]:
-    """Time `steps`, the first being what the others are divided by; `CONTROL` is added to the result."""
+    """Time `steps`, the first being what the others are divided by; `CONTROL` is added to the result.
+
+    On a GPU a timing is of as many calls as its resolution needs. With `graph` they are replayed from CUDA graphs of
+    several calls, so that what is timed is kernels and not their launches. A rival that cannot run keeps its line.
+    """
     first = next(iter(steps))
-    contenders = {**steps, CONTROL: steps[first]}
-    order, rng = list(contenders), random.Random(seed)
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    with tqdm(total=warmup * len(steps) + rounds * len(contenders), unit="step") as progress:
-        for name in list(steps) * warmup:
+    calls = _GRAPH_CALLS if graph else 1
+    contenders = {name: devices.graphed(step, calls) if graph else step for name, step in steps.items()}
+    failures: dict[str, str] = {}
+    counts: dict[str, int] = {}
+    with tqdm(total=warmup * len(steps) + rounds * (1 + len(steps)), unit="step") as progress:
+        for name, step in contenders.items():
             progress.set_description(f"warm-up: {name}")
-            steps[name]()
-            progress.update()
+            try:
+                for _ in range(warmup):
+                    step()
+                    progress.update()
+                counts[name] = devices.calls_per_timing(device, step)
+            except RuntimeError as error:  # out of memory, or cannot be captured
+                if name == first:
+                    raise
+                failures[name] = str(error).strip().splitlines()[0]
+        contenders = {name: contenders[name] for name in counts} | {CONTROL: contenders[first]}
+        counts[CONTROL] = counts[first]
+        seconds: dict[str, list[float]] = {name: [] for name in contenders}
+        order, rng = list(contenders), random.Random(seed)
         for _ in range(rounds):
             rng.shuffle(order)
             for name in order:
                 progress.set_description(name)
-                start = time.perf_counter()
-                contenders[name]()
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(devices.seconds(device, contenders[name], counts[name]) / calls)
                 progress.update()
-    return summarise(seconds, subject=subject, costs=costs)
+    timings = summarise(seconds, subject=subject, costs=costs)
+    timings += [Timing.of_failure(subject, name, why) for name, why in failures.items()]
+    finished.extend(timings)
+    return timings
 
 
 def slowed(step: Step, share: float) -> Step:
@@ -137,7 +162,7 @@ def _percentiles(values: list[float]) -> tuple[float, float, float]:
     return fifths[0], statistics.median(values), fifths[3]
 
 
-def environment() -> dict[str, Any]:
+def environment(device: str = "cpu") -> dict[str, Any]:
     """What a figure depends on besides the code: machine, threads, versions, commit."""
     return {
         "date": time.strftime("%Y-%m-%d"),
@@ -145,20 +170,20 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        **devices.describe(device),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": _commit(),
     }
 
 
-def write_lines(file: Path, timings: list[Timing], *, dtype: str, **common: Any) -> None:
+def write_lines(file: Path, timings: list[Timing], *, dtype: str, device: str = "cpu", **common: Any) -> None:
     """One JSON line per timing: `common`, the timing, what share of the roofline it reached, and the environment."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    peak = machine.peak(DTYPES[dtype])
-    settings = {**common, "dtype": dtype}
+    peak = machine.peak(DTYPES[dtype], device)
+    settings = {**common, "dtype": dtype, "device": device}
     limits = {"peak_tflop_per_s": peak.flops / 1e12, "peak_gb_per_s": peak.bandwidth / 1e9}
-    about = limits | environment()
+    about = limits | environment(device)
     lines = [json.dumps({**settings, **asdict(t), **achieved(t, peak), **about}) for t in timings]
     temporary = file.with_suffix(".tmp")
     temporary.write_text("\n".join(lines) + "\n")
@@ -177,9 +202,9 @@ def achieved(timing: Timing, peak: machine.Peak) -> dict[str, float]:
     }
 
 
-def table(timings: list[Timing], dtype: torch.dtype) -> str:
+def table(timings: list[Timing], dtype: torch.dtype, device: str = "cpu") -> str:
     """For people: one block per subject, one row per contender; only columns that have something to say."""
-    peak = machine.peak(dtype)
+    peak = machine.peak(dtype, device)
     counted = any(timing.flop for timing in timings)
     weighed = any(timing.peak_bytes for timing in timings)
     width = max((len(name) for t in timings for name in (t.subject, t.name)), default=0) + 2

@@ -17,6 +17,9 @@ def run(bench: BenchConfig) -> list[runner.Timing]:
     for side in SIDES:
         for T in ROWS:
             shape = Layer("linear", side, side, T, (1, T, side))
-            steps, costs = layer.contenders(shape, bench.batch, runner.DTYPES[bench.dtype], ranks=(bench.lora_rank,))
-            timings += runner.interleave(steps, bench.rounds, subject=str(shape), costs=costs)
+            dtype, device = runner.DTYPES[bench.dtype], bench.device
+            steps, costs = layer.contenders(shape, bench.batch, dtype, ranks=(bench.lora_rank,), device=device)
+            timings += runner.interleave(
+                steps, bench.rounds, subject=str(shape), costs=costs, device=device, graph=bench.graph
+            )
     return timings

@@ -28,11 +28,11 @@ def run(bench: BenchConfig) -> list[runner.Timing]:
         runner.FROZEN: _step(bench, "frozen"),
     }
     subject = f"miniature, {bench.batch} + {bench.batch} pictures"
-    return runner.interleave(steps, bench.rounds, subject=subject, warmup=2)
+    return runner.interleave(steps, bench.rounds, subject=subject, warmup=2, device=bench.device)
 
 
 def _step(bench: BenchConfig, way: str) -> runner.Step:
-    pipeline = load_pipeline()
+    pipeline = load_pipeline().to(bench.device)
     models: list[nn.Module] = [pipeline.unet, pipeline.text_encoder]
     parameters: list[nn.Parameter] = []
     if way == "ours":

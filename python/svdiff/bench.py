@@ -6,7 +6,7 @@ import importlib
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from svdiff_kernels import SVDiffError
 
@@ -30,6 +30,7 @@ _LEVELS: dict[Level, str] = {
     "svd": "decomposing the weights, and reading them back",
     "levers": "what changes that were not made would save",
 }
+_ON_CPUS = ("start", "levers")
 _OF_A_UNET = ("unet", "block", "infer", "memory", "start", "levers")
 _QUICK_CONFIG, _QUICK_LATENTS, _QUICK_ROUNDS = "quick_unet.json", 16, 40
 # Not the naive one: it takes half of the time, and its own noise would make the comparison uncertain.
@@ -46,7 +47,14 @@ class BenchConfig:
     )
     latents: int = field(default=32, metadata={"help": "side of the latent image; 8 pixels of the picture each"})
     batch: int = field(default=1, metadata={"help": "pictures per step"})
-    dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "of the model"})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "of the model"})
+    device: Literal["auto", "cpu", "cuda"] = field(
+        default="auto", metadata={"help": "where; auto: a GPU if there is one"}
+    )
+    graph: bool = field(
+        default=False,
+        metadata={"help": "on a GPU: op, layer, sweep time CUDA graphs, without launches; unet times both"},
+    )
     one_dim: Literal["vector", "scalar", "none"] = field(
         default="none", metadata={"help": "how we train norms too; none: the same layers as the rivals"}
     )
@@ -72,7 +80,7 @@ class BenchConfig:
 
 
 def bench(config: BenchConfig) -> str:
-    """Measure, and return a table of medians and ratios.
+    """Measure, and return a table of medians and ratios. What was measured before an interruption is written too.
 
     Raises:
         SVDiffError: a setting is off, or the benchmarks are not here, as with an installed wheel.
@@ -97,12 +105,29 @@ def bench(config: BenchConfig) -> str:
         own = str(checkout / "benchmarks" / "configs" / _QUICK_CONFIG)
         config = replace(config, config=own, latents=_QUICK_LATENTS, rounds=_QUICK_ROUNDS, rivals=list(_QUICK_RIVALS))
     sys.path.insert(0, str(checkout))
-    runner, machine = (importlib.import_module(f"benchmarks.{name}") for name in ("runner", "machine"))
+    names = ("runner", "machine", "device")
+    runner, machine, devices = (importlib.import_module(f"benchmarks.{name}") for name in names)
+    wanted = "cpu" if config.level in _ON_CPUS and config.device == "auto" else config.device
+    config = replace(config, device=devices.select(wanted))
+    if config.device == "cuda" and config.level in _ON_CPUS:
+        raise SVDiffError(f"bench {config.level} measures CPUs only")
+    if config.device == "cpu" and config.graph:
+        raise SVDiffError("a graph is one of CUDA: it needs --device cuda")
     dtype = runner.DTYPES[config.dtype]
-    machine.measure(dtype)
-    timings = importlib.import_module(f"benchmarks.{config.level}").run(config)
-    machine.measure(dtype)  # again, since a shared machine may have been busy before
+    machine.measure(dtype, config.device)
+    runner.finished.clear()
+    try:
+        timings = importlib.import_module(f"benchmarks.{config.level}").run(config)
+        machine.measure(dtype, config.device)  # again, since a shared machine may have been busy before
+    except BaseException:
+        if runner.finished:  # hours, perhaps
+            _write(config, runner, runner.finished)
+        raise
+    _write(config, runner, timings)
+    return runner.table(timings, dtype, config.device)
+
+
+def _write(config: BenchConfig, runner: Any, timings: list[Any]) -> None:
     if config.output:
         about = {key: value for key, value in asdict(config).items() if key not in ("output", "rounds", "config")}
         runner.write_lines(Path(config.output), timings, **about)
-    return runner.table(timings, dtype)

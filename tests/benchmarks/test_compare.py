@@ -68,3 +68,16 @@ def test_files_without_a_common_subject_cannot_be_compared(tmp_path: Path) -> No
     a, b = write(tmp_path / "a", 1.0), write(tmp_path / "b", 1.0, subject="other")
     assert compare.main([str(a), str(b)]) == 2
     assert compare.main([str(a), str(tmp_path / "absent")]) == 2
+
+
+def test_different_devices_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cpu = write(tmp_path / "cpu", 1.0)
+    lines = [json.loads(line) for line in cpu.read_text().splitlines()]
+    gpus = []
+    for name in ("H100", "H200"):
+        gpus.append(tmp_path / name)
+        gpus[-1].write_text("\n".join(json.dumps({**line, "device": "cuda", "gpu": name}) for line in lines))
+    for a, b in ((cpu, gpus[0]), (gpus[0], gpus[1])):
+        assert compare.main([str(a), str(b)]) == 2
+        assert "no subject of one device in common" in capsys.readouterr().err
+    assert compare.main([str(gpus[0]), str(gpus[0])]) == 0

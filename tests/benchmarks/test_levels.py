@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +36,11 @@ def test_layers_are_measured_in_every_way(tmp_path: Path) -> None:
 def test_the_op_is_measured_against_a_dense_layer(tmp_path: Path) -> None:
     lines = lines_of(tmp_path, level="op")
     assert {line["subject"] for line in lines} == {
-        f"{count} x expand {r} to {M}, T={T}" for (M, r, T), count in op.shapes("clip", 256).items()
+        f"{count} x expand {r} to {M}, T={T}{part}"
+        for (M, r, T), count in op.shapes("clip", 256).items()
+        for part in (op.BOTH, op.FORWARD, op.BACKWARD)
     }
-    assert all(line["tflop_per_s"] > 0 for line in lines if line["name"] == op.DENSE)
+    assert all(line["tflop_per_s"] > 0 for line in lines if line["name"] in (op.DENSE, op.GEMM))
 
 
 def test_decompositions_are_measured(tmp_path: Path) -> None:
@@ -50,6 +54,39 @@ def test_few_rows_and_many_are_measured(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(sweep, "ROWS", (4, 8))
     lines = lines_of(tmp_path, level="sweep")
     assert {line["subject"] for line in lines} == {f"linear {n}x{n} T={t}" for n in (32, 64) for t in (4, 8)}
+
+
+def test_an_interrupted_run_keeps_what_it_has_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "SIDES", (32,))
+    monkeypatch.setattr(sweep, "ROWS", (4, 8))
+    contenders, made = sweep.layer.contenders, []
+
+    def interrupted(shape: registry.Layer, *rest: Any, **more: Any) -> Any:
+        if made:
+            raise KeyboardInterrupt
+        made.append(shape)
+        return contenders(shape, *rest, **more)
+
+    monkeypatch.setattr(sweep.layer, "contenders", interrupted)
+    output = tmp_path / "lines.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        bench(BenchConfig("sweep", rounds=1, output=str(output)))
+    assert {json.loads(line)["subject"] for line in output.read_text().splitlines()} == {"linear 32x32 T=4"}
+
+
+def test_single_layers_need_neither_diffusers_nor_peft(tmp_path: Path) -> None:
+    script = """
+import sys
+sys.modules["diffusers"] = sys.modules["peft"] = None
+from svdiff.bench import BenchConfig, bench
+from benchmarks import gpu, registry
+few = dict(list(registry.layers("sd15", 256).items())[-3:-1])
+registry.layers = lambda *_: few
+print(bench(BenchConfig("layer", rounds=1, device="cpu")), bench(BenchConfig("op", rounds=1, device="cpu")))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    assert "lora" not in done.stdout and runner.NAIVE in done.stdout and op.GEMM in done.stdout
 
 
 def test_the_cost_of_a_call_is_measured(tmp_path: Path) -> None:

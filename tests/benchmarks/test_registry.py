@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import cost, layer, registry, runner
+from svdiff_kernels import SVDiffError
 
 
 @pytest.mark.parametrize(
@@ -25,6 +28,12 @@ def test_a_layer_can_be_made_from_its_shape(model: str) -> None:
         assert (module.weight.shape[0], module.weight[0].numel()) == (shape.M, shape.N)
         y = module(torch.empty(shape.inputs, device="meta"))
         assert y.numel() == shape.T * shape.M
+
+
+@pytest.mark.parametrize(("model", "pixels"), [("sd15", 512), ("sdxl", 1024)])
+def test_every_shape_has_a_name_of_its_own(model: str, pixels: int) -> None:
+    layers = registry.layers(model, pixels)
+    assert len(set(map(str, layers))) == len(layers)
 
 
 def test_a_conv_of_half_the_pixels_a_side_has_a_quarter_of_the_rows() -> None:
@@ -52,3 +61,15 @@ def test_the_cost_rule_never_rebuilds_a_square_conv_or_a_feed_forward_layer() ->
     assert not cost.prefers_recomposed(10240, 1280, 10**6)
     assert cost.prefers_recomposed(320, 320, 4096)
     assert not cost.prefers_recomposed(320, 320, 500)
+
+
+def test_the_usual_shapes_are_known_without_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert registry.keep() == registry._KEPT.read_text()
+    known = registry.layers("sdxl", 1024)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "diffusers" else find(name))
+    registry.layers.cache_clear()
+    assert registry.layers("sdxl", 1024) == known
+    with pytest.raises(SVDiffError, match="the layers of sdxl at 768 pixels need diffusers"):
+        registry.layers("sdxl", 768)
+    registry.layers.cache_clear()

@@ -56,7 +56,7 @@ def test_blocks_are_measured_one_by_one(tiny_config: str, tmp_path: Path) -> Non
 
 
 def test_memory_is_that_of_a_process_of_its_own(tiny_config: str, tmp_path: Path) -> None:
-    lines = lines_of(tmp_path, "memory", tiny_config, rounds=1, rivals=["frozen"])
+    lines = lines_of(tmp_path, "memory", tiny_config, rounds=1, rivals=["frozen"], device="cpu")
     assert [line["name"] for line in lines] == [runner.OURS, runner.FROZEN]
     assert all(1e8 < line["peak_bytes"] < 2e9 for line in lines)
 
@@ -79,7 +79,7 @@ def test_a_contender_that_does_not_fit_keeps_its_line(
 
 def test_a_child_says_why_it_failed(tiny_config: str) -> None:
     with pytest.raises(SVDiffError, match=r"our own step failed: .*(?i:memory|thread)"):
-        bench(BenchConfig("memory", config=tiny_config, latents=8, memory_gb=0.5, rounds=1))
+        bench(BenchConfig("memory", config=tiny_config, latents=8, memory_gb=0.5, rounds=1, device="cpu"))
 
 
 def test_start_up_is_measured_in_four_ways(tiny_config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
