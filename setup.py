@@ -79,7 +79,7 @@ def cuda_arguments(sources: dict[str, list[str]]) -> dict[str, Any]:
     """What the extension needs besides, when it has kernels for GPUs."""
     nvcc = cuda.find_nvcc()
     assert nvcc is not None
-    targets = sorted({target for targets in sources.values() for target in targets}, key=cuda.number)
+    targets = sorted({t for targets in sources.values() for t in targets}, key=lambda t: (cuda.number(t), t))
     has_gemms = any(name in sources for name in cuda.GEMMS)
     gemms = f"with GEMMs of CUTLASS {cuda.cutlass_version()}" if has_gemms else "without GEMMs of CUTLASS"
     told = f"CUDA {nvcc.version} for {' '.join(targets)}, {gemms}"

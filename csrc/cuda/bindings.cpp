@@ -5,6 +5,7 @@
 // graph may capture any of it.
 
 #include <ATen/ATen.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -26,6 +27,13 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using OptionalType = std::optional<at::ScalarType>;
+
+// Kernels go to this device, and products keep the types that they are asked for.
+struct Scope {
+  explicit Scope(c10::Device device) : guard(device) {}
+  c10::cuda::CUDAGuard guard;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+};
 
 bool is_half(at::ScalarType type) {
   return type == at::kHalf || type == at::kBFloat16;
@@ -215,7 +223,7 @@ Tensor expand(
   check_device(z, {&U, &scale, pointer(bias)});
   TORCH_CHECK_TYPE(serves_expand(z, U, dtype), "svdiff_cuda: no kernel of expand for z in ", z.scalar_type(),
                    " and U in ", U.scalar_type());
-  const c10::cuda::CUDAGuard guard(z.device());
+  const Scope scope(z.device());
   const auto type = z.scalar_type(), out = dtype.value_or(type);
   const bool columns = columns_dense(z);
   if (z.numel() == 0) {
@@ -246,7 +254,7 @@ std::tuple<Tensor, Tensor> expand_backward(
   check_device(dy, {&U, &scale, pointer(z)});
   TORCH_CHECK_TYPE(serves_expand_backward(dy, z, U), "svdiff_cuda: no kernel of expand_backward for dy in ",
                    dy.scalar_type(), " and U in ", U.scalar_type());
-  const c10::cuda::CUDAGuard guard(dy.device());
+  const Scope scope(dy.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const auto type = dy.scalar_type();
   const bool columns = columns_dense(dy);
@@ -312,7 +320,7 @@ Tensor project(const Tensor& x, const Tensor& Vh, const Tensor& scale, OptionalT
   check_device(x, {&Vh, &scale});
   TORCH_CHECK_TYPE(serves_expand(x, Vh, dtype), "svdiff_cuda: no kernel of project for x in ", x.scalar_type(),
                    " and Vh in ", Vh.scalar_type());
-  const c10::cuda::CUDAGuard guard(x.device());
+  const Scope scope(x.device());
   const auto type = dtype.value_or(x.scalar_type());
   const Tensor rows = x.contiguous(), s = dense_scale(scale);
   const Tensor y = empty_rows_like(rows, Vh.size(0), type);
@@ -343,7 +351,7 @@ std::tuple<Tensor, Tensor> gain_of(const Tensor& base, const Tensor& floor, cons
   TORCH_CHECK_VALUE(static_cast<int64_t>(deltas.size()) == 2 * A, "svdiff_cuda: ", deltas.size(),
                     " deltas, expected two for ", A, " adapters");
   check_device(base, {&floor, &mix});
-  const c10::cuda::CUDAGuard guard(base.device());
+  const Scope scope(base.device());
   const Tensor start = base.contiguous(), bottom = floor.contiguous(), weights = mix.contiguous();
   std::vector<Tensor> kept;
   for (const Tensor& delta : deltas) {
@@ -394,7 +402,7 @@ Tensor gain_backward_of(const Tensor& dgain, const Tensor& held, const Tensor& m
                       mix.size(-1));
   }
   check_device(dgain, {&held, &mix});
-  const c10::cuda::CUDAGuard guard(dgain.device());
+  const Scope scope(dgain.device());
   const Tensor d = dgain.contiguous(), mask = held.contiguous(), weights = mix.contiguous();
   const Tensor ddelta = at::empty({count, R}, dgain.options());
   GainBackwardParams p{};

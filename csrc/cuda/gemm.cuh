@@ -77,7 +77,7 @@ cudaError_t run(typename Device::Arguments& arguments, const Allocate& allocate,
   return error == cudaSuccess ? cudaErrorUnknown : error;
 }
 
-// The number of multiprocessors for the tile scheduler, asked once for each device.
+// What the tile scheduler wants to know of the current device.
 inline cutlass::KernelHardwareInfo hardware() {
   cutlass::KernelHardwareInfo info;
   cudaGetDevice(&info.device_id);

@@ -12,6 +12,8 @@ import pytest
 from csrc.cuda import build
 from tests.kernels.cuda import toolchain
 
+pytestmark = pytest.mark.timeout(900)
+
 ROOT = Path(__file__).parents[3]
 SETUP = """
 import runpy, sys, torch

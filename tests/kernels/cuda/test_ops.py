@@ -16,6 +16,8 @@ from torch import Tensor
 from svdiff_kernels import ops
 from svdiff_kernels.bank import _Gains
 
+pytestmark = pytest.mark.timeout(900)  # the first test compiles the emulated device
+
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # Of z and U, and of y.
 TYPES = [(F32, F32), (F16, F16), (BF16, BF16), (F16, BF16), (BF16, F32)]
@@ -243,6 +245,21 @@ def test_what_is_not_served_is_refused(z, U, dtype, serves, cuda) -> None:
     if not cuda("serves_expand_backward", *backward):
         with pytest.raises(TypeError, match="no kernel of expand_backward for dy in"):
             cuda("expand_backward", *backward, case.scale, True)
+
+
+@pytest.mark.parametrize("columns", [False, True])
+def test_autocast_changes_nothing(columns, cuda) -> None:
+    case = Case.make((2, 5), 1, columns, 4, 3, F32, F32).to(cuda.device)
+    calls = [
+        ("expand", case.z, case.U, case.scale, case.bias, None),
+        ("expand_backward", case.dy, case.z, case.U, case.scale, True),
+        ("project", case.dy, case.U.T, case.scale, None, 1.0),
+    ]
+    for call in calls:
+        want = cuda(*call)
+        with torch.autocast(cuda.device, torch.bfloat16):
+            got = cuda(*call)
+        assert all(map(torch.equal, got, want))
 
 
 def test_wrong_shapes_are_named(cuda) -> None:
