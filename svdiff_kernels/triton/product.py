@@ -24,45 +24,6 @@ BLOCK = 1024
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
-@triton.jit
-def _add_product(
-    b_y,
-    p_x,
-    p_W,
-    p_scale,
-    alpha,
-    m_p,
-    m_m,
-    first,
-    last,
-    stride_xk,
-    stride_wk,
-    SCALED: tl.constexpr,
-    HAS_ALPHA: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """b_y + (alpha * x * scale) @ W.T, where K goes from first to last."""
-    o_k = first + tl.arange(0, BLOCK_K)
-    p_x += o_k[None, :] * stride_xk
-    p_W += o_k[:, None] * stride_wk
-    for _ in range(first, last, BLOCK_K):
-        m_k = o_k < last
-        b_x = tl.load(p_x, mask=m_p[:, None] & m_k[None, :], other=0.0)  # [BLOCK_P, BLOCK_K]
-        b_W = tl.load(p_W, mask=m_k[:, None] & m_m[None, :], other=0.0)  # [BLOCK_K, BLOCK_M]
-        if SCALED:
-            b_scale = tl.load(p_scale + o_k, mask=m_k, other=0.0)
-            b_x = b_x.to(tl.float32) * b_scale[None, :]
-        if HAS_ALPHA:  # before x is rounded: bf16 reaches further than fp16
-            b_x = b_x.to(tl.float32) * alpha
-        b_y = tl.dot(rounded(b_x, COMPUTE), rounded(b_W, COMPUTE), b_y, input_precision=PRECISION)
-        p_x += BLOCK_K * stride_xk
-        p_W += BLOCK_K * stride_wk
-        o_k += BLOCK_K
-    return b_y
-
-
 @autotuned(
     "P_bucket",
     "M",
@@ -125,32 +86,28 @@ def _product_kernel(
     m_p, m_m = o_p < P, o_m < M
     first = split * span
     last = min(first + span, K)
-    o_x = image * stride_xb + o_p[:, None] * stride_xp
-    o_W = o_m[None, :] * stride_wm
+    steps = tl.cdiv(last - first, BLOCK_K)
+    o_k = tl.arange(0, BLOCK_K)
+    o_x = image * stride_xb + o_p[:, None] * stride_xp + o_k[None, :] * stride_xk
+    o_W = o_m[None, :] * stride_wm + o_k[:, None] * stride_wk
     p_scale = None
     if SCALES_X or SCALES_Y:
         p_scale = of_member(scale_ptrs, member) + image // images * stride_ss
 
     b_y = tl.zeros((BLOCK_P, BLOCK_M), dtype=tl.float32)
-    for i in tl.static_range(len(x_ptrs) if SUMMED else 1):
-        b_y = _add_product(
-            b_y,
-            (x_ptrs[i] if SUMMED else of_member(x_ptrs, member)) + o_x,
-            (W_ptrs[i] if SUMMED else of_member(W_ptrs, member)) + o_W,
-            p_scale,
-            alphas[i] if SUMMED else of_member(alphas, member),
-            m_p,
-            m_m,
-            first,
-            last,
-            stride_xk,
-            stride_wk,
-            SCALES_X,
-            HAS_ALPHA,
-            COMPUTE,
-            PRECISION,
-            BLOCK_K,
-        )
+    for step in range(0, steps * len(x_ptrs) if SUMMED else steps):
+        source, block = (step // steps, step % steps) if SUMMED else (member, step)
+        k = first + block * BLOCK_K
+        m_k = o_k < last - k
+        p_x = of_member(x_ptrs, source) + k.to(tl.int64) * stride_xk + o_x
+        b_x = tl.load(p_x, mask=m_p[:, None] & m_k[None, :], other=0.0)  # [BLOCK_P, BLOCK_K]
+        p_W = of_member(W_ptrs, source) + k.to(tl.int64) * stride_wk + o_W
+        b_W = tl.load(p_W, mask=m_k[:, None] & m_m[None, :], other=0.0)  # [BLOCK_K, BLOCK_M]
+        if SCALES_X:
+            b_x = b_x.to(tl.float32) * tl.load(p_scale + k + o_k, mask=m_k, other=0.0)[None, :]
+        if HAS_ALPHA:  # before x is rounded: bf16 reaches further than fp16
+            b_x = b_x.to(tl.float32) * of_member(alphas, source)
+        b_y = tl.dot(rounded(b_x, COMPUTE), rounded(b_W, COMPUTE), b_y, input_precision=PRECISION)
     if SCALES_Y:
         b_y *= tl.load(p_scale + o_m, mask=m_m, other=0.0)[None, :]
     if HAS_BIAS:
