@@ -41,24 +41,20 @@ def linear_group_backward(
     scale: Sequence[Tensor],
     Vh: Sequence[Tensor],
     alpha: Sequence[float],
+    scaled: bool,
     need_dx: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """``(dx, sums)`` with ``b = dy @ U`` of every layer.
-
-    dx, empty where it is not wanted, is the sum of their ``alpha * (scale * b) @ Vh`` in dy's type, rounded once.
-    sums is of each the sum over a sample's rows of ``kept * b``, ``[S, r]``: its gradient of scale where kept is z, and
-    scale times that where kept is ``scale * z``.
-    """
+    """See `ops.linear_group_backward`; not in fp64. dx is rounded once."""
     dy, U, scale, Vh = _alike(dy), _alike(U), _alike(scale), _alike(Vh)
-    dz, sums = expand_backwards(dy, kept, U, scale, need_dx)
+    dz, dscale = expand_backwards(dy, kept, U, scale, need_dx, scaled=scaled)
     if not need_dx:
-        return dy[0].new_empty(0), sums
+        return dy[0].new_empty(0), dscale
     dx = empty_rows_like(dy[0], Vh[0].shape[1])
     if dx.numel():
         S = len(scale[0])
         zi, weights = [as_images(d, S) for d in dz], [v.T for v in Vh]
         products(zi, weights, [as_images(dx, S)], None, [None], dx.dtype, alphas=alpha)
-    return dx, sums
+    return dx, dscale
 
 
 def _alike(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -103,6 +103,9 @@ def variants() -> list[Variant]:
     constants = {"HAS_BIAS": True, "SPLITS": 4, "BLOCK": product.BLOCK}
     add("sum of splits", product._sum_kernel, ("fp32", "bf16", "bf16"), constants, ("stride_ym",))
 
+    constants = {"UNSCALE": True, "BLOCK_T": expand.SUM_BLOCK[0], "BLOCK_R": expand.SUM_BLOCK[1]}
+    add("sum of tiles", expand._sum_tiles_kernel, ("fp32", "fp32", "fp32"), constants, (), ARCHITECTURES, 3)
+
     for kept, out, layout, where in (
         ("fp16", "bf16", "rows", ARCHITECTURES),
         ("fp32", "fp32", "rows", ARCHITECTURES),

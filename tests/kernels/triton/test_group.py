@@ -60,7 +60,7 @@ class Group:
         return kept
 
     def check_backward(self, kept: list[Tensor]) -> None:
-        dx, sums = linear_group_backward(self.dy, kept, self.U, self.scale, self.Vh, self.alpha, True)
+        dx, sums = linear_group_backward(self.dy, kept, self.U, self.scale, self.Vh, self.alpha, False, True)
         true_dx = torch.zeros_like(self.x, dtype=torch.float64)
         same = self.x.dtype == kept[0].dtype
         for g, (U, scale, Vh, dy) in enumerate(zip(self.U, self.scale, self.Vh, self.dy, strict=True)):
@@ -92,10 +92,10 @@ def test_every_way(scaled, kept, out, device) -> None:
     group.bias[1] = None
     group.check(scaled)
     given = group.dy, z_or_scaled, group.U, group.scale, group.Vh, group.alpha
-    dx, sums = linear_group_backward(*given, True)
-    again, sums_again = linear_group_backward(*given, True)
+    dx, sums = linear_group_backward(*given, False, True)
+    again, sums_again = linear_group_backward(*given, False, True)
     assert torch.equal(dx, again) and all(map(torch.equal, sums, sums_again))
-    nothing, only_sums = linear_group_backward(*given, False)
+    nothing, only_sums = linear_group_backward(*given, False, False)
     assert nothing.numel() == 0 and all(map(torch.equal, sums, only_sums))
 
 
