@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import ops, reference
 from .errors import SVDiffError
-from .fastest import fastest, tensors_of
+from .fastest import capturing, exactly, fastest, tensors_of
 
 CHOICES = ("auto", "reference", "cpu", "cuda", "triton")
 
@@ -111,17 +111,28 @@ def _server(op: str, homes: Mapping[str, str]) -> Callable[..., Any]:
     def launchers() -> dict[str, Callable[..., Any]]:
         return {name: getattr(importlib.import_module(home, __package__), op) for name, home in homes.items()}
 
-    def serve(*arguments: Any) -> Any:
+    def decide(arguments: Sequence[Any]) -> Callable[..., Any]:
         if op == "frozen_linear" and _is_of_one_type(*arguments):
-            return fallback(*arguments)  # the vendor's product is the best there is
+            return fallback  # the vendor's product is the best there is
         able = {name: launch for name, launch in launchers().items() if _CAN[name](op, arguments)}
         if able:
-            return fastest(op, able, arguments)(*arguments)
+            return fastest(op, able, arguments)
         if _choice in homes:
             first = next(tensors_of(arguments))
             kinds = ", ".join(dict.fromkeys(str(t.dtype).removeprefix("torch.") for t in tensors_of(arguments)))
             raise SVDiffError(f"SVDIFF_BACKEND={_choice} cannot serve {op} of {kinds} on {first.device.type}")
-        return fallback(*arguments)
+        return fallback
+
+    decided: dict[tuple[object, ...], Callable[..., Any]] = {}
+
+    def serve(*arguments: Any) -> Any:
+        key = exactly(arguments)
+        launch = decided.get(key)
+        if launch is None:
+            launch = decide(arguments)
+            if not capturing():  # what was taken unseen may be measured yet
+                decided[key] = launch
+        return launch(*arguments)
 
     return serve
 

@@ -19,8 +19,6 @@ from platformdirs import user_cache_path
 from torch import Tensor
 
 _WARMUPS, _RUNS, _ROUNDS = 3, 10, 3
-_chosen: dict[tuple[object, ...], str] = {}
-"""By what is quick to read off arguments; the file's keys, which more arguments share, take longer to make."""
 
 
 def fastest(op: str, candidates: Mapping[str, Callable[..., Any]], arguments: Sequence[Any]) -> Callable[..., Any]:
@@ -28,26 +26,24 @@ def fastest(op: str, candidates: Mapping[str, Callable[..., Any]], arguments: Se
     first = next(iter(candidates.values()))
     if len(candidates) == 1 or os.environ.get("SVDIFF_AUTOTUNE") == "0":
         return first
-    exactly = (op, *(_exactly(a) for a in _flat(arguments)))
-    name = _chosen.get(exactly)
-    if name is None:
-        key = _key(op, arguments)
-        name = _read().get(key)
-        if name is None or name not in candidates:
-            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-                return first
-            name = min(candidates, key=lambda each: _seconds(lambda: candidates[each](*arguments)))
-            _remember(key, name)
-        _chosen[exactly] = name
+    key = _key(op, arguments)
+    name = _read().get(key)
+    if name is None or name not in candidates:
+        if capturing():
+            return first
+        name = min(candidates, key=lambda each: _seconds(lambda: candidates[each](*arguments)))
+        _remember(key, name)
     return candidates[name]
 
 
-def _exactly(argument: Any) -> object:
-    return (
-        (argument.shape, argument.stride(), argument.dtype, argument.device)
-        if isinstance(argument, Tensor)
-        else argument
-    )
+def capturing() -> bool:
+    """Whether what is launched now goes into a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def exactly(arguments: Sequence[Any]) -> tuple[object, ...]:
+    """All that an implementation may depend on but the values in tensors, and quick to make."""
+    return tuple((a.shape, a.stride(), a.dtype, a.device) if isinstance(a, Tensor) else a for a in _flat(arguments))
 
 
 def _key(op: str, arguments: Sequence[Any]) -> str:

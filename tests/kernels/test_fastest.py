@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from svdiff_kernels import SVDiffError, backends
 from svdiff_kernels import fastest as module
 from svdiff_kernels.fastest import fastest
+
+F16 = torch.float16
 
 
 def slow(*_: Any) -> str:
@@ -35,7 +39,6 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return {"slow": 2.0, "quick": 1.0}[seen[-1]]
 
     monkeypatch.setattr(module, "_seconds", seconds)
-    monkeypatch.setattr(module, "_chosen", {})
     monkeypatch.delenv("SVDIFF_AUTOTUNE", raising=False)
     return seen
 
@@ -44,10 +47,9 @@ def arguments(rows: int = 100, columns: int = 7, dtype: torch.dtype = torch.floa
     return torch.zeros(rows, columns, dtype=dtype), torch.zeros(9, columns)
 
 
-def test_the_quickest_is_measured_once_and_kept(measured: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_quickest_is_measured_once_and_kept(measured: list[str]) -> None:
     assert fastest("op", CANDIDATES, arguments()) is quick
     assert fastest("op", CANDIDATES, arguments()) is quick
-    monkeypatch.setattr(module, "_chosen", {})  # another process
     assert fastest("op", CANDIDATES, arguments(rows=128)) is quick  # in the same power of two
     assert measured == ["slow", "quick"]
     assert list(json.loads(module._path().read_text()).values()) == ["b"]
@@ -71,9 +73,8 @@ def test_other_arguments_are_measured_anew(op: str, other: tuple[Any, ...], meas
     assert len(measured) == 4
 
 
-def test_a_choice_that_is_gone_is_measured_anew(measured: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_choice_that_is_gone_is_measured_anew(measured: list[str]) -> None:
     fastest("op", CANDIDATES, arguments())
-    monkeypatch.setattr(module, "_chosen", {})  # another process, with another build
     assert fastest("op", {"a": slow, "c": quick}, arguments()) is quick
     assert len(measured) == 4
 
@@ -99,6 +100,23 @@ def test_a_damaged_file_is_replaced(content: str, measured: list[str]) -> None:
     module._path().write_text(content)
     assert fastest("op", CANDIDATES, arguments()) is quick
     assert list(json.loads(module._path().read_text()).values()) == ["b"]
+
+
+def test_a_server_decides_once_for_arguments_alike(measured: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    homes, here = {"triton": "a", "cuda": "b"}, {"a": SimpleNamespace(op=slow), "b": SimpleNamespace(op=quick)}
+    monkeypatch.setattr(backends.importlib, "import_module", lambda home, package: here[home])
+    monkeypatch.setattr(backends, "_CAN", {"triton": lambda *_: True, "cuda": lambda op, given: given[0].dtype != F16})
+    monkeypatch.setattr(backends.reference, "op", lambda *_: "reference", raising=False)
+    serve = backends._server("op", homes)
+    assert [serve(*arguments()) for _ in range(3)] == ["quick"] * 3
+    assert measured == ["slow", "quick"]
+    assert serve(*arguments(dtype=F16)) == "slow"
+    monkeypatch.setattr(backends, "_CAN", {"triton": lambda *_: False, "cuda": lambda *_: False})
+    assert serve(*arguments()) == "quick"
+    assert serve(*arguments(rows=3)) == "reference"
+    monkeypatch.setattr(backends, "_choice", "cuda")
+    with pytest.raises(SVDiffError, match="SVDIFF_BACKEND=cuda cannot serve op of float32 on cpu"):
+        serve(*arguments(rows=4))
 
 
 def test_a_directory_that_cannot_be_written_is_no_error(measured: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
