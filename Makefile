@@ -23,8 +23,11 @@ test: $(READY) ## all tests, the slow ones included
 bench: $(READY) ## a training step of an SD 1.5-size UNet against its rivals
 	$(BIN)/svdiff bench unet
 
-gpu: ## on a machine with a GPU: build, test and measure, in nine minutes; needs no .venv but PYTHON's own torch
-	PYTHONPATH=.:python:$$PYTHONPATH $(PYTHON) -m benchmarks.gpu --output $(OUTPUT)
+# It installs nothing: a machine with a GPU may have no network, and its own torch is the one to measure.
+gpu: HERE = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+gpu: ## on a machine with a GPU: build, test and measure, in nine minutes; .venv if there is one, else PYTHON with torch
+	@$(HERE) -c "import torch" 2>/dev/null || { echo "make gpu: $(HERE) has no torch; name one that has: make gpu PYTHON=..."; exit 2; }
+	PYTHONPATH=.:python:$$PYTHONPATH $(HERE) -m benchmarks.gpu --output $(OUTPUT)
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -38,7 +38,13 @@ _SECONDS = 525.0  # for all stages: under nine minutes
 _GRACE = 10.0  # for a stage to write what it has
 _TESTS = ROOT / "tests" / "kernels"
 # Not about GPUs: how packages are built and installed, and kernels compiled for chips that are not here.
-_NOT_HERE = ("test_package.py", "test_memory.py", "triton/test_compile.py")
+_NOT_HERE = (
+    "test_package.py",
+    "test_memory.py",
+    "triton/test_compile.py",
+    "cuda/test_compile.py",
+    "cuda/test_build.py",
+)
 Line = dict[str, Any]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -89,10 +90,12 @@ def autotuned(
         return mine[:1] if fixed else mine
 
     def tune(kernel: Any) -> Any:
+        # Triton's own timing takes 0.13 s a tile, which is minutes for the shapes of a UNet.
+        timing = functools.partial(triton.testing.do_bench, warmup=5, rep=20)
         pruning = {"early_config_prune": prune}
-        tuned = triton.autotune(half_tiles + full_tiles, list(key), prune_configs_by=pruning, cache_results=True)(
-            kernel
-        )
+        tuned = triton.autotune(
+            half_tiles + full_tiles, list(key), prune_configs_by=pruning, do_bench=timing, cache_results=True
+        )(kernel)
         tuned.tiles = tiles
         return tuned
 
