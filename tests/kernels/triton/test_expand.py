@@ -32,9 +32,9 @@ class Case:
     def make(
         cls, lead: tuple[int, ...], S: int, columns: bool, M: int, R: int, kept: torch.dtype, out: torch.dtype
     ) -> Case:
-        U = (torch.randn(M, R) * R**-0.5).to(kept)
-        z, dy = random_rows(lead, R, kept, columns), random_rows(lead, M, out, columns)
-        return cls(z, U, random_scale(S, R), torch.randn(M).to(out), dy)
+        scale, z = random_scale(S, R), random_rows(lead, R, kept, columns)
+        U, bias = (torch.randn(M, R) * R**-0.5).to(kept), torch.randn(M).to(out)
+        return cls(z, U, scale, bias, random_rows(lead, M, out, columns))
 
     def truth(self) -> tuple[Tensor, Tensor, Tensor]:
         z, U, scale, bias, dy = (t.double() for t in (self.z, self.U, self.scale, self.bias, self.dy))

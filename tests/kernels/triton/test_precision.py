@@ -12,13 +12,22 @@ from svdiff_kernels.triton.expand import expand
 from svdiff_kernels.triton.frozen import frozen_linear
 from svdiff_kernels.triton.linear import linear
 
-FORMS = [("factored", torch.float16), ("factors in fp16", torch.bfloat16)]
-ROWS = 512  # the 4096 that the table is made of take minutes in the interpreter
+FP16, MIXED = ("factored", torch.float16), ("factors in fp16", torch.bfloat16)
+ROWS = 1024  # the 4096 that the table is made of take minutes in the interpreter
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("form", "dtype"), FORMS, ids=str)
-@pytest.mark.parametrize("way", ["by its ops", "one launch", "two launches, scaled", "two launches"])
+@pytest.mark.parametrize(
+    ("way", "form", "dtype"),
+    [
+        ("by its ops", *MIXED),
+        ("one launch", *MIXED),
+        ("two launches", *MIXED),
+        ("two launches, scaled", *MIXED),
+        ("two launches, scaled", *FP16),
+    ],
+    ids=str,
+)
 def test_small_shifts_act(
     way: str, form: str, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
