@@ -24,7 +24,7 @@ HALF: Tiles = (
     (128, 64, 64, 4, 4),
     (64, 128, 64, 4, 4),
     (64, 32, 128, 4, 4),
-    (32, 64, 64, 4, 4),
+    (32, 64, 128, 4, 3),
     (16, 64, 64, 4, 4),
 )
 # In fp32, whose IEEE products run on the ordinary cores: larger tiles spill registers.

@@ -74,7 +74,6 @@ def variants() -> list[Variant]:
         ("fp16", "bf16", "rows", ARCHITECTURES, 1),
         ("fp32", "fp32", "rows", ARCHITECTURES, 1),
         ("fp16", "bf16", "columns", hopper, 1),
-        ("fp16", "fp16", "rows", hopper, 2),
         ("bf16", "bf16", "rows", hopper, 3),
     ):
         x, dy = (kept, kept, "fp32", out, out), (out, kept, kept, "fp32", out, "fp32")
@@ -110,7 +109,6 @@ def variants() -> list[Variant]:
         ("fp16", "bf16", "rows", ARCHITECTURES),
         ("fp32", "fp32", "rows", ARCHITECTURES),
         ("fp16", "bf16", "columns", hopper),
-        ("fp16", "fp16", "rows", hopper),
         ("bf16", "bf16", "rows", hopper),
     ):
         types = (out, kept, "fp32", kept, out, out, kept)

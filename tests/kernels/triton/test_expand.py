@@ -6,29 +6,16 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from numerics import EXACT, relative
+from kernels.triton.cases import ROWS, TYPES, bound, by_rows, cases, in_nan, random_rows, random_scale
+from numerics import relative
 from torch import Tensor
 
 from svdiff_kernels import ops
 from svdiff_kernels.triton.expand import expand, expand_backward
 from svdiff_kernels.triton.product import product
 
-F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-# Of z and U, and of y and dy.
-TYPES = [(F32, F32), (F16, F16), (BF16, BF16), (F16, BF16)]
-# (leading dimensions, S, columns dense)
-ROWS = [
-    ((0,), 1, False),
-    ((1,), 1, False),
-    ((131,), 1, False),
-    ((3, 29), 1, False),
-    ((6, 5), 3, False),
-    ((7,), 7, False),
-    ((2, 71), 1, True),
-    ((4, 7), 2, True),
-    ((1, 50), 1, True),
-]
 SIZES = [(70, 1), (1, 9), (29, 17), (67, 150)]  # (M, r)
+SPLITS = [(1, 5), (2, 2), (3, 3), (4, 2), (6, 3), (7, 5)]  # (number among ROWS, splits)
 
 
 @dataclass
@@ -45,45 +32,24 @@ class Case:
     def make(
         cls, lead: tuple[int, ...], S: int, columns: bool, M: int, R: int, kept: torch.dtype, out: torch.dtype
     ) -> Case:
-        def rows(width: int, dtype: torch.dtype) -> Tensor:
-            t = torch.randn(*lead, width).to(dtype)
-            return t.transpose(1, 2).contiguous().transpose(1, 2) if columns else t
-
-        scale = torch.rand(S, R)
-        scale[:, R // 2] = 0
-        return cls(rows(R, kept), (torch.randn(M, R) * R**-0.5).to(kept), scale, torch.randn(M).to(out), rows(M, out))
+        scale, z = random_scale(S, R), random_rows(lead, R, kept, columns)
+        U, bias = (torch.randn(M, R) * R**-0.5).to(kept), torch.randn(M).to(out)
+        return cls(z, U, scale, bias, random_rows(lead, M, out, columns))
 
     def truth(self) -> tuple[Tensor, Tensor, Tensor]:
         z, U, scale, bias, dy = (t.double() for t in (self.z, self.U, self.scale, self.bias, self.dy))
-        rows = scale.repeat_interleave(z.shape[:-1].numel() // len(scale), 0).view(z.shape)
+        rows = by_rows(scale, z)
         b = dy @ U
         dscale = (z * b).reshape(len(scale), -1, z.shape[-1]).sum(1)
         return (z * rows) @ U.T + bias, rows * b, dscale
 
     def to(self, device: str) -> Case:
         """The same with NaN around every tensor, for a kernel to read if it reads too far."""
-        return Case(*(_in_nan(t.to(device)) for t in (self.z, self.U, self.scale, self.bias, self.dy)))
-
-
-def _in_nan(t: Tensor) -> Tensor:
-    buffer = torch.full((t.numel() + 128,), float("nan"), dtype=t.dtype, device=t.device)
-    return buffer.as_strided(t.shape, t.stride(), 64).copy_(t)
-
-
-def bound(dtype: torch.dtype) -> float:
-    """Sums are taken in fp32, so that the rounding of the scaled rows and of the result is all there is."""
-    return EXACT.get(dtype, torch.finfo(dtype).eps)
-
-
-cases = pytest.mark.parametrize(
-    ("lead", "S", "columns", "M", "R", "kept", "out"),
-    [(*row, *size, *types) for row in ROWS for size in SIZES for types in TYPES],
-    ids=lambda value: str(value).removeprefix("torch."),
-)
+        return Case(*(in_nan(t, device) for t in (self.z, self.U, self.scale, self.bias, self.dy)))
 
 
 @pytest.mark.usefixtures("guarded")
-@cases
+@cases(SIZES, "M R")
 def test_forward(lead, S, columns, M, R, kept, out, device) -> None:
     case = Case.make(lead, S, columns, M, R, kept, out).to(device)
     y = expand(case.z, case.U, case.scale, case.bias, out)
@@ -93,7 +59,7 @@ def test_forward(lead, S, columns, M, R, kept, out, device) -> None:
 
 
 @pytest.mark.usefixtures("guarded")
-@cases
+@cases(SIZES, "M R")
 def test_backward(lead, S, columns, M, R, kept, out, device) -> None:
     case = Case.make(lead, S, columns, M, R, kept, out).to(device)
     _, dz, dscale = case.truth()
@@ -120,8 +86,7 @@ def test_only_what_is_wanted_is_computed(lead, S, columns, kept, out, device) ->
 
 @pytest.mark.usefixtures("guarded")
 @pytest.mark.parametrize(("kept", "out"), TYPES, ids=str)
-@pytest.mark.parametrize("splits", [2, 3, 5])
-@pytest.mark.parametrize(("lead", "S", "columns"), ROWS[1:], ids=str)
+@pytest.mark.parametrize(("lead", "S", "columns", "splits"), [(*ROWS[i], n) for i, n in SPLITS], ids=str)
 def test_sums_may_be_split(lead, S, columns, splits, kept, out, device) -> None:
     case = Case.make(lead, S, columns, 37, 519, kept, out).to(device)
     images = case.z if columns else case.z.reshape(S, -1, 519)
