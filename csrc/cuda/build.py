@@ -53,12 +53,11 @@ class Nvcc:
         told = subprocess.run([self.program, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
         return [a for a in USUAL if f"sm_{a.replace('.', '')}" in told.split()]
 
-    def command(self, source: str, architectures: list[str], out: Path, *more: str) -> list[str]:
-        """What compiles ``source`` (a name of PLAIN or GEMMS) to an object, or with ``-cubin`` to machine code."""
-        kind = [] if "-cubin" in more else ["-c"]
+    def command(self, source: str, architectures: list[str], out: Path) -> list[str]:
+        """What compiles ``source``, a name of PLAIN or GEMMS, to an object."""
         include = [f"-I{path}" for path in cutlass_includes()] if source in GEMMS else []
         targets = [f"-gencode={target(a)}" for a in architectures]
-        return [self.program, *FLAGS, *include, *targets, *more, *kind, str(HERE / f"{source}.cu"), "-o", str(out)]
+        return [self.program, *FLAGS, *include, *targets, "-c", str(HERE / f"{source}.cu"), "-o", str(out)]
 
 
 def find_nvcc() -> Nvcc | None:

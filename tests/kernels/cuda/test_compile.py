@@ -49,6 +49,11 @@ def test_gemms_use_tensor_cores_and_tma(source: str, kernels: list[Kernel]) -> N
             assert k.instructions.get(instruction), (instruction, k)
 
 
+@needs_cutlass
+def test_gemms_refuse_what_tma_cannot_read() -> None:
+    assert toolchain.refusals() == []
+
+
 @pytest.mark.parametrize("architecture", toolchain.ARCHITECTURES)
 def test_vectors_move_at_once(architecture: str, kernels: list[Kernel]) -> None:
     vectors = [

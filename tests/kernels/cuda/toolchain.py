@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,7 @@ ROOT = HERE.parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
 CACHE = platformdirs.user_cache_path("svdiff-kernels") / "tests"
 ARCHITECTURES = ("8.0", "9.0a", "10.0a")
+_KEEP = 30 * 24 * 3600  # seconds since it was last wanted
 JOBS = 2  # a source with CUTLASS takes 5 GB
 _INSTRUCTIONS = ("HGMMA", "UTCHMMA", "UTMALDG", "UTMASTG", "LDG.E.128", "STG.E.128", "STL", "LDL")
 _HOST_FLAGS = ("-std=c++20", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-fno-strict-aliasing")
@@ -73,6 +75,18 @@ def compile_binding() -> None:
     _cached("binding.o", flags, depends, lambda out: _host("bindings.cpp", out, flags))
 
 
+def refusals() -> list[str]:
+    """What the GEMMs should have refused, and did not."""
+    source = HERE / "refusals.cpp"
+    objects = [str(_object_of(name, only)) for name, only in build.GEMMS.items()]
+    folders = [f"-L{nvcc().root / folder}" for folder in ("lib64", "lib")]
+    libraries = [*folders, "-lcudart_static", "-lpthread", "-ldl", "-lrt"]
+    with tempfile.TemporaryDirectory() as folder:
+        program = f"{folder}/refusals"
+        _run(["g++", "-std=c++17", f"-I{SOURCES}", *_includes(), str(source), *objects, *libraries, "-o", program])
+        return _run([program]).splitlines()
+
+
 def emulated() -> Path:
     """The ops as a library for CPUs: the binding and the kernels as they are, on the device of emulator/."""
     emulator = HERE / "emulator"
@@ -96,19 +110,23 @@ def nvcc() -> build.Nvcc | None:
     return build.find_nvcc()
 
 
-def _kernels_of(source: str, architecture: str) -> list[Kernel]:
-    command = nvcc().command(source, [architecture], Path("out"), "-cubin")
+def _object_of(source: str, architecture: str) -> Path:
     headers = [p for p in _sources() if p.suffix in (".h", ".cuh") and (source in build.GEMMS or p.stem != "gemm")]
     depends = [SOURCES / f"{source}.cu", *headers]
+    flags = [nvcc().version, *nvcc().command(source, [architecture], Path("out"))]
+    flags += [build.cutlass_version()] if source in build.GEMMS else []
+    return _cached(f"{source}.o", flags, depends, lambda out: _run(nvcc().command(source, [architecture], out)))
 
-    def compile_and_read(out: Path) -> None:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            _run(nvcc().command(source, [architecture], Path(file.name), "-cubin"))
-            usage, code = (_run([str(cuobjdump()), what, file.name]) for what in ("-res-usage", "-sass"))
+
+def _kernels_of(source: str, architecture: str) -> list[Kernel]:
+    kernels = _object_of(source, architecture)
+
+    def read(out: Path) -> None:
+        usage, code = (_run([str(cuobjdump()), what, str(kernels)]) for what in ("-res-usage", "-sass"))
         out.write_text(json.dumps([asdict(k) for k in _read(source, architecture, usage, code)]))
 
-    flags = [nvcc().version, *command, build.cutlass_version() if source in build.GEMMS else ""]
-    return [Kernel(**k) for k in json.loads(_cached("kernels.json", flags, depends, compile_and_read).read_text())]
+    found = _cached("kernels.json", [kernels.name, str(_INSTRUCTIONS)], [], read)
+    return [Kernel(**k) for k in json.loads(found.read_text())]
 
 
 def _read(source: str, architecture: str, usage: str, code: str) -> Iterable[Kernel]:
@@ -140,14 +158,20 @@ def _run(command: list[str]) -> str:
     return done.stdout
 
 
-def _cached(name: str, flags: Iterable[str], depends: Iterable[Path], make: Callable[[Path], None]) -> Path:
+def _cached(name: str, flags: Iterable[str], depends: Iterable[Path], make: Callable[[Path], object]) -> Path:
     """What `make` writes, unless it was written before for the same flags, files, torch and compilers."""
-    key = hashlib.sha256(json.dumps([*flags, torch.__version__, _run(["g++", "--version"])]).encode())
+    told = [flag.replace(str(ROOT), "") for flag in flags]  # the same in every checkout
+    key = hashlib.sha256(json.dumps([*told, torch.__version__, _run(["g++", "--version"])]).encode())
     for path in sorted(depends):
         key.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
     kept = CACHE / f"{key.hexdigest()[:32]}-{name}"
-    if not kept.exists():
+    if kept.exists():
+        kept.touch()
+    else:
         CACHE.mkdir(parents=True, exist_ok=True)
+        for old in CACHE.glob(f"*-{name}"):
+            if time.time() - old.stat().st_mtime > _KEEP:
+                old.unlink(missing_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
             made = Path(folder) / name
             make(made)
