@@ -50,6 +50,7 @@ struct Gemm {
   using Shape = typename Kernel::ProblemShape;
 };
 
+// Of a single batch the stride is 0: so all samples read the same factor.
 template <class Stride>
 Stride packed(int64_t rows, int64_t columns, int64_t batches) {
   return cutlass::make_cute_packed_stride(
