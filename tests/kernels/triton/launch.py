@@ -72,13 +72,13 @@ def main() -> None:
     say("linear", *(lambda alpha=a: linear.linear(x, U, scale, Vh, bias, alpha, True) for a in (2.0, 4.0)))
     three = [U] * 3, [scale] * 3, [Vh] * 3
     say("group", lambda: group.linear_group(x, *three, [None, bias, None], alphas, True))
-    say("group backward", lambda: group.linear_group_backward([y] * 3, [kept] * 3, *three, alphas, True))
+    say("group backward", lambda: group.linear_group_backward([y] * 3, [kept] * 3, *three, alphas, True, True))
     say("split", lambda: product.product(x, Vh, torch.empty(6, 32, 96), None, None, HALF, 2))
     base, mix = torch.rand(3000), torch.rand(2, 9)
     deltas = [torch.zeros(n) for _ in range(9) for n in (2944, 56)]
     say("bank", lambda: bank.gains(base, base, mix, deltas))
     held = torch.zeros(2, 3000, dtype=torch.bool)
-    say("bank backward", lambda: bank.gains_backward(torch.rand(2, 3000), held, mix, 2944, [True] + [False] * 8))
+    say("bank backward", lambda: bank.gains_backward(torch.rand(2, 3000), held, mix, [0, 3, 8]))
     tuned = (product._product_kernel, expand._expand_bwd_kernel, linear._linear_kernel)
     chosen = {str(tile) for kernel in tuned for tile in kernel.cache.values()}
     print(json.dumps({"what": "tiles", "compiled": len(chosen)}), flush=True)

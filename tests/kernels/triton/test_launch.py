@@ -11,13 +11,13 @@ from pathlib import Path
 COMPILED = {
     "frozen": 1,  # three values of alpha
     "expand": 1,
-    "expand_backward": 1,
+    "expand_backward": 2,  # and the sum over tiles
     "linear": 1,  # two values of alpha
     "group": 2,  # a launch a stage
-    "group backward": 2,
+    "group backward": 3,
     "split": 2,
     "bank": 2,  # eight adapters, then one
-    "bank backward": 1,
+    "bank backward": 2,  # the first column of the mix is aligned, others are not
     "tiles": 3,  # with SVDIFF_AUTOTUNE=0 each of the tuned kernels has one
 }
 
