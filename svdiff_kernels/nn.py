@@ -121,12 +121,13 @@ class _SpectralMatrix(SpectralModule):
     Attributes:
         alpha: U is held multiplied by ``1 / alpha``, and x is multiplied by alpha. It is 1 unless the factors of a bf16
             layer are in fp16: see `range_shift`. A state dict holds U itself.
+        dtype: what the layer computes for; on a GPU its factors may be in another.
     """
 
     U: Tensor
     Vh: Tensor
     base: Tensor | None
-    _like: Tensor
+    dtype: torch.dtype
     range_safe: ClassVar[bool] = True
 
     def __init__(self, weight: Tensor, factors: Factors, form: str, bias: Tensor | None) -> None:
@@ -137,13 +138,8 @@ class _SpectralMatrix(SpectralModule):
         self.register_buffer("U", factors.U)
         self.register_buffer("Vh", factors.Vh.unflatten(1, weight.shape[1:]))
         self.register_buffer("base", weight.detach() if form == "residual" else None)
-        self._like = weight.detach().new_empty(0)
+        self.dtype = weight.dtype
         self._apply(lambda t: t)  # brings the factors into the type that they are kept in
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the layer computes for; on a GPU its factors may be in another."""
-        return self._like.dtype
 
     def factors(self) -> Factors:
         """``U diag(sigma) Vh`` of the unshifted weight, in the type that the layer keeps."""
@@ -154,7 +150,9 @@ class _SpectralMatrix(SpectralModule):
         """The shifted weight. Its dtype, device and shape cost nothing; any other use recomposes it, which is slow."""
         if torch.compiler.is_compiling():
             return self.recomposed_weight()  # dropped from the graph where only its dtype is asked for
-        return LazyWeight.make(self._like, (self.U.shape[0], *self.Vh.shape[1:]), self.recomposed_weight)
+        return LazyWeight.make(
+            self.U.new_empty(0, dtype=self.dtype), (self.U.shape[0], *self.Vh.shape[1:]), self.recomposed_weight
+        )
 
     def recomposed_weight(self) -> Tensor:
         """The shifted weight, as large as the original."""
@@ -168,7 +166,8 @@ class _SpectralMatrix(SpectralModule):
         return plain.train(self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        like = self._like = fn(self._like)
+        like = fn(self.U.new_empty(0, dtype=self.dtype))
+        self.dtype = like.dtype
         dtype = factor_dtype(like.dtype, like.device)
         finer = dtype != like.dtype and self.range_safe
         alpha = 2.0**-self._shift if finer else 1.0
