@@ -28,6 +28,7 @@ from .ops import (
     linear_group,
     linear_group_backward,
 )
+from .reference import narrowed
 
 IntPair = int | tuple[int, ...]
 
@@ -327,9 +328,9 @@ class _Layer(torch.autograd.Function):
 
 
 def _for_conv(x: Tensor, dtype: torch.dtype, alpha: float) -> Tensor:
-    """``alpha * x``; on a GPU in dtype, since no vendor's convolution mixes types, and in one pass."""
+    """``alpha * x``, on a GPU in dtype."""
     if x.is_cuda and x.dtype != dtype:
-        return torch.mul(x, alpha, out=torch.empty_like(x, dtype=dtype))
+        return narrowed(x, dtype, alpha)
     return x if alpha == 1 else x * alpha
 
 

@@ -177,15 +177,20 @@ def gains_backward(dgain: Tensor, held: Tensor, mix: Tensor, adapters: Sequence[
     return torch.stack(grads) if grads else dgain.new_empty(0, dgain.shape[-1])
 
 
+def narrowed(x: Tensor, dtype: torch.dtype, alpha: float) -> Tensor:
+    """``alpha * x`` in dtype, in one pass, for a vendor's convolution, which does not mix types."""
+    return torch.mul(x, alpha, out=torch.empty_like(x, dtype=dtype))
+
+
 def _conv2d_by_fp16(x: Tensor, weight: Tensor, geometry: Sequence[Sequence[int]]) -> Tensor:
-    """A convolution of half precisions with a result in fp32, for GPUs, whose vendors' convolutions do not mix types.
+    """A convolution of half precisions with a result in fp32, for GPUs.
 
     In fp16 it is rounded eight times finer than in bf16, and a power of two keeps larger x in range.
     """
     alpha = 1.0 if x.dtype == torch.float16 else 2.0**-6
-    narrow = torch.mul(x, alpha, out=torch.empty_like(x, dtype=torch.float16))
     stride, padding, dilation = geometry
-    return F.conv2d(narrow, weight.half(), None, stride, padding, dilation).float().div_(alpha)
+    y = F.conv2d(narrowed(x, torch.float16, alpha), weight.half(), None, stride, padding, dilation)
+    return y.float().div_(alpha)
 
 
 def _tiles(weight: Tensor) -> tuple[Tensor, ...]:
