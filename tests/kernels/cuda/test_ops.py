@@ -308,7 +308,7 @@ def test_a_gain_that_is_no_number_stays_one(cuda) -> None:
     assert gain[0].isnan() and not held.any()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_graph_captures_all_of_it(cuda) -> None:
     case = Case.make((256,), 2, False, 64, 48, F16, F16).to("cuda")
     base, delta = torch.rand(96, device="cuda"), torch.randn(96, device="cuda")
