@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))  # pip does not
 
 from csrc.cuda import build as cuda  # noqa: E402
 
-NAMES = ("bindings", "dispatch", "autograd", "layers", "cpu/expand", "cpu/frozen", "cpu/gemm")
+NAMES = ("bindings", "dispatch", "autograd", "layers", "cpu/expand", "cpu/frozen", "cpu/gemm", "cpu/eigh")
 SOURCES = [f"csrc/{name}.cpp" for name in NAMES]
 HEADERS = ["csrc/ops.h", "csrc/dispatch.h", "csrc/autograd.h", "csrc/cpu/gemm.h"]
 CHOICES = ("auto", "none", "cpu", "cuda")

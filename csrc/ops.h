@@ -56,6 +56,9 @@ at::Tensor frozen_conv2d_backward(
     at::IntArrayRef padding,
     at::IntArrayRef dilation);
 
+// (values [B, n] ascending, vectors [B, n, n]) of the symmetric G [B, n, n], fp32 or fp64.
+std::tuple<at::Tensor, at::Tensor> eigh(const at::Tensor& G);
+
 // Whole layers, differentiable: U (scale * (Vh x)) + bias, for x [*, N], or [B, C_in, H, W] and Vh [r, C_in, kh, kw].
 // scale is [r], or [S, r] for S samples that split x's first dimension evenly.
 at::Tensor scaled_linear(

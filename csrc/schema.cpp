@@ -12,4 +12,5 @@ TORCH_LIBRARY(svdiff, m) {
   m.def(
       "frozen_conv2d_backward(Tensor dy, Tensor weight, SymInt[2] size, int[2] stride, int[2] padding, int[2] dilation) "
       "-> Tensor");
+  m.def("eigh(Tensor G) -> (Tensor, Tensor)");
 }

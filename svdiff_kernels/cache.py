@@ -3,50 +3,60 @@
 delta means something only in the basis it was trained in, and near-equal singular values make a recomputed basis
 ambiguous: so the same weight must always get the same factors, whoever asks first.
 
-Layout: ``objects/<first two of key>/<key>.safetensors`` holds U, sigma and Vh in fp32, with metadata; ``.lock`` beside
-it serialises writers. An object appears by rename, whole or not at all, and readers map it into memory.
+Folders: ``objects/<first two of key>/<key>.safetensors`` (see `objects.py`); ``work/`` with a lock and a partial file
+for each object that is being made; ``readers/`` (see `leases.py`). An object appears by rename, whole or not at all,
+and readers map it into memory. Whoever makes an object holds its lock, and deletes the lock with it; what a killed
+process leaves in ``work/`` is deleted by whoever comes next.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
+import shutil
 import tempfile
-import time
 import warnings
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from filelock import FileLock
+from blake3 import blake3
+from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from .decompose import ALGORITHM_VERSION, as_matrix, decompose
+from . import objects
+from .decompose import ALGORITHM_VERSION, BAR_FORMAT, as_matrix, batches, cost, decomposed
 from .errors import SVDiffError
 from .factors import Factors
+from .leases import in_use, lease_of
+from .objects import content_hash
 
-FORMAT_VERSION = 1
-_CHUNK = 2**22  # of elements to hash, of bytes to check
+_DAMAGED = (OSError, SafetensorError, SVDiffError)
+_AHEAD = 8
+"""Objects that the system is told to read while earlier ones are used."""
 
 
-def content_hash(weight: Tensor) -> str:
-    """blake2b-256, in hex, of a weight's shape and its values as little-endian fp32.
+@dataclass(frozen=True)
+class Wanted:
+    """One decomposition that is asked for.
 
-    So a weight hashes alike in fp16 and, holding the same values, in fp32.
+    Attributes:
+        name: of the weight, for errors.
+        weight: the weight.
+        rank: how many singular values; None for all.
+        content: hash of the weight.
+        path: where the cache has it.
     """
-    digest = hashlib.blake2b(str(tuple(weight.shape)).encode(), digest_size=32)
-    for chunk in weight.detach().reshape(-1).split(_CHUNK):
-        digest.update(
-            memoryview(chunk.to("cpu", torch.float32).contiguous().numpy().astype("<f4", copy=False)).cast("B")
-        )
-    return digest.hexdigest()
+
+    name: str
+    weight: Tensor
+    rank: int | None
+    content: str
+    path: Path
 
 
 class FactorCache:
@@ -57,79 +67,105 @@ class FactorCache:
     Args:
         dir: where; default ``$SVDIFF_CACHE``, else the user's cache directory.
         max_bytes: after a write, forget the objects used longest ago beyond this size. None: no limit.
+        layout: of what is written: "full" (U, sigma and Vh; nothing to do on reading), or "compact" (sigma and the
+            square factor, a quarter of that for Stable Diffusion; the other factor is one product away, which a GPU
+            makes in no time). None is compact where there is an NVIDIA GPU, else full. Both are read.
+        dtype: of U and Vh on disk and as they are returned: "float32", "bfloat16" or "float16". sigma is in fp32.
     """
 
-    def __init__(self, dir: str | Path | None = None, max_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        dir: str | Path | None = None,
+        max_bytes: int | None = None,
+        *,
+        layout: str | None = None,
+        dtype: str = "float32",
+    ) -> None:
+        if layout is not None and layout not in objects.LAYOUTS:
+            raise SVDiffError(f"cache layout {layout!r} is not one of {', '.join(objects.LAYOUTS)}")
+        if dtype not in objects.DTYPES:
+            raise SVDiffError(f"cache dtype {dtype!r} is not one of {', '.join(objects.DTYPES)}")
         self.dir = Path(dir or os.environ.get("SVDIFF_CACHE") or user_cache_path("svdiff")).expanduser()
-        self.max_bytes = max_bytes
-        self._writable = True
+        self.max_bytes, self.layout, self.dtype = max_bytes, layout, dtype
+        self._writable: bool | None = None
 
-    def get(self, weight: Tensor, rank: int | None = None) -> Factors:
-        """The fp32 factors of a weight: read if they are there, else computed and stored.
+    def get(self, weight: Tensor, rank: int | None = None, *, content: str | None = None) -> Factors:
+        """The factors of a weight: read if they are there, else computed and stored.
+
+        Args:
+            weight: see `decompose`.
+            rank: see `decompose`.
+            content: its `content_hash`, if at hand.
 
         Raises:
             SVDiffError: the weight cannot be decomposed; see `decompose`.
         """
-        short = min(as_matrix(weight).shape)
-        rank = None if rank is not None and rank >= short else rank
-        content = content_hash(weight)
-        path = self._path(content, rank)
-        factors = self._read(path)
-        if factors is not None:
-            return factors
-        if not self._prepare(path.parent):
-            return _compute(weight, rank)
-        with FileLock(path.with_suffix(".lock")):
-            factors = self._read(path, warn=True)  # another process may have been first
-            if factors is None:
-                factors = self._write(path, _compute(weight, rank), content, rank)
-        if self.max_bytes is not None:
-            self.prune(keep=path)
-        return factors
+        return next(factors for _, factors in self._get([self._wanted("", weight, rank, content)]))
 
     def get_many(
         self, weights: Mapping[str, Tensor], rank: int | None = None, progress: bool = False
     ) -> dict[str, Factors]:
         """`get` for each weight by name; an error names the weight. ``progress`` shows a bar."""
-        found = {}
-        for name, weight in tqdm(weights.items(), desc="factors", unit="weight", disable=not progress):
-            try:
-                found[name] = self.get(weight, rank)
-            except SVDiffError as error:
-                raise SVDiffError(f"{name}: {error}") from None
-        return found
+        total = sum(cost(weight) for weight in weights.values())
+        found: dict[str, Factors] = {}
+        with tqdm(total=total, desc="factors", disable=not progress, bar_format=BAR_FORMAT) as bar:
+            for name, factors in self.iterate(weights, rank):
+                found[name] = factors
+                bar.update(cost(weights[name]))
+        return {name: found[name] for name in weights}
+
+    def iterate(
+        self, weights: Mapping[str, Tensor], rank: int | None = None, *, contents: Mapping[str, str] | None = None
+    ) -> Iterator[tuple[str, Factors]]:
+        """`get` for each weight by name: first, in order, what is there, then the others as they are made.
+
+        Weights that are missing are decomposed together; what another process is making is waited for.
+
+        Args:
+            weights: by name.
+            rank: see `get`.
+            contents: the `content_hash` of each, if at hand.
+        """
+        yield from self._get([
+            self._wanted(name, weight, rank, contents and contents[name]) for name, weight in weights.items()
+        ])  # fmt: skip
+
+    def wanted(self, weights: Mapping[str, Tensor], rank: int | None = None) -> dict[str, Wanted]:
+        """What `get_many` would look for; reads every weight once."""
+        return {name: self._wanted(name, weight, rank, None) for name, weight in weights.items()}
 
     def verify(self) -> dict[Path, str]:
         """Read every object through; the damaged ones, with what is wrong. Nothing is deleted."""
         problems = {}
         for path in self._objects():
             try:
-                _load(path)
-            except (OSError, SafetensorError, SVDiffError) as error:
+                objects.check(path)
+            except _DAMAGED as error:
                 problems[path] = str(error)
         return problems
 
-    def prune(self, max_bytes: int | None = None, *, keep: Path | None = None) -> int:
+    def prune(self, max_bytes: int | None = None) -> int:
         """Delete the objects used longest ago until at most ``max_bytes`` (default: the cache's limit) remain.
 
+        What a living process, this one too, has asked the cache for, stays. What killed processes left goes.
+
         Returns:
-            How many bytes were freed. Objects that are mapped into memory stay usable there.
+            How many bytes were freed.
         """
         limit = self.max_bytes if max_bytes is None else max_bytes
-        freed = 0
-        for leftover in self.dir.glob("objects/*/*.tmp"):
-            if leftover.stat().st_mtime < time.time() - 3600:  # its writer is gone
-                freed += _delete(leftover)
+        freed = self._sweep()
         if limit is None:
             return freed
-        newest_first = sorted(self._objects(), key=lambda p: p.stat().st_mtime_ns, reverse=True)
-        total = keep.stat().st_size if keep is not None and keep.exists() else 0
-        for path in newest_first:
-            if path == keep:
-                continue
-            total += path.stat().st_size
-            if total > limit:
-                freed += _delete(path)
+        kept = in_use(self.dir / "readers")
+        entries = [(path, path.stat()) for path in self._objects()]
+        total = sum(status.st_size for _, status in entries)
+        for path, status in sorted(entries, key=lambda entry: entry[1].st_mtime_ns):
+            if total <= limit:
+                break
+            if path.stem not in kept:
+                path.unlink(missing_ok=True)
+                total -= status.st_size
+                freed += status.st_size
         return freed
 
     def size(self) -> tuple[int, int]:
@@ -137,93 +173,176 @@ class FactorCache:
         sizes = [path.stat().st_size for path in self._objects()]
         return len(sizes), sum(sizes)
 
-    def _objects(self) -> Iterator[Path]:
-        return self.dir.glob("objects/*/*.safetensors")
+    def add(self, source: Path, wanted: Wanted) -> bool:
+        """Take an object over from a file, such as one of another cache; False if it is here already.
 
-    def _path(self, content: str, rank: int | None) -> Path:
-        parts = (content, "full" if rank is None else rank, ALGORITHM_VERSION)
-        key = hashlib.blake2b(repr(parts).encode(), digest_size=32).hexdigest()
-        return self.dir / "objects" / key[:2] / f"{key}.safetensors"
-
-    def _prepare(self, folder: Path) -> bool:
-        if self._writable:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=folder):
-                    return True
-            except OSError as error:
-                self._give_up(error)
-        return False
-
-    def _give_up(self, error: Exception) -> None:
-        self._writable = False
-        reason = getattr(error, "strerror", None) or str(error)
-        warnings.warn(
-            f"factor cache {self.dir} cannot be written ({reason}): decompositions are not kept", stacklevel=4
-        )
-
-    def _read(self, path: Path, *, warn: bool = False) -> Factors | None:
+        Raises:
+            SVDiffError: the file is damaged, or not the decomposition that is wanted; or nothing can be written here.
+        """
         try:
-            factors = _load(path)
+            metadata = objects.check(source)
+        except _DAMAGED as error:
+            raise SVDiffError(f"{source} is damaged: {error}") from None
+        if metadata["content"] != wanted.content:
+            raise SVDiffError(f"{source} is the decomposition of another weight than {wanted.name}")
+        if not self._prepare():
+            raise SVDiffError(f"factor cache {self.dir} cannot be written")
+        with self._lock(wanted.path):
+            if wanted.path.exists():
+                return False
+            partial = self._partial(wanted.path)
+            shutil.copyfile(source, partial)
+            self._publish(partial, wanted.path)
+        return True
+
+    def _wanted(self, name: str, weight: Tensor, rank: int | None, content: str | None) -> Wanted:
+        short = min(as_matrix(weight, name, check_values=False).shape)
+        if rank is not None and rank >= short:
+            rank = None
+        content = content or content_hash(weight)
+        parts = (content, rank or "full", self.dtype, ALGORITHM_VERSION, objects.FORMAT_VERSION)
+        key = blake3(repr(parts).encode()).hexdigest()
+        return Wanted(name, weight, rank, content, self.dir / "objects" / key[:2] / f"{key}.safetensors")
+
+    def _get(self, wanted: Sequence[Wanted]) -> Iterator[tuple[str, Factors]]:
+        missing = []
+        for i, one in enumerate(wanted):
+            for ahead in wanted[i + _AHEAD : i + _AHEAD + 1] if i else wanted[: _AHEAD + 1]:
+                _read_ahead(ahead.path)
+            factors = self._read(one)
+            if factors is None:
+                missing.append(one)
+            else:
+                yield one.name, factors
+        if not missing:
+            return
+        groups = [[missing[i] for i in batch] for batch in batches([one.weight for one in missing])]
+        if self._prepare():
+            yield from self._make(groups)
+            self.prune()
+        else:
+            for group in groups:
+                yield from ((one.name, factors) for one, factors in self._compute(group))
+
+    def _make(self, groups: Iterable[Sequence[Wanted]]) -> Iterator[tuple[str, Factors]]:
+        """Group by group. What another process is at, is left to it, and looked for at the end."""
+        elsewhere: list[Wanted] = []
+        for group in groups:
+            with ExitStack() as locks:
+                mine: list[Wanted] = []
+                for one in group:
+                    try:
+                        locks.enter_context(self._lock(one.path, blocking=False))
+                        mine.append(one)
+                    except Timeout:
+                        elsewhere.append(one)
+                found = self._make_locked(mine)
+            yield from found
+        for one in elsewhere:
+            with self._lock(one.path):
+                found = self._make_locked([one])
+            yield from found
+
+    def _make_locked(self, group: Sequence[Wanted]) -> list[tuple[str, Factors]]:
+        found = {one.name: self._read(one, warn=True) for one in group}  # another process may have been first
+        for one, factors in self._compute([one for one in group if found[one.name] is None]):
+            found[one.name] = self._write(one, factors)
+        return [(name, factors) for name, factors in found.items() if factors is not None]
+
+    def _compute(self, group: Sequence[Wanted]) -> Iterator[tuple[Wanted, Factors]]:
+        if group:
+            weights = [one.weight.detach().to(torch.float32) for one in group]  # the values that were hashed
+            for i, factors in decomposed(weights, group[0].rank, names=[one.name for one in group]):
+                yield group[i], factors.to(dtype=objects.DTYPES[self.dtype])
+
+    def _read(self, wanted: Wanted, *, warn: bool = False) -> Factors | None:
+        lease_of(self.dir / "readers").add(wanted.path.stem)
+        try:
+            factors = objects.read(wanted.path, wanted.weight)
         except FileNotFoundError:
             return None
-        except (OSError, SafetensorError, SVDiffError) as error:
+        except _DAMAGED as error:
             if warn:
-                warnings.warn(f"factor cache: {path} is damaged ({error}) and is made again", stacklevel=3)
+                warnings.warn(f"factor cache: {wanted.path} is damaged ({error}) and is made again", stacklevel=3)
             return None
         with suppress(OSError):
-            os.utime(path)  # the time of use, for prune
+            os.utime(wanted.path)  # the time of use, for prune
         return factors
 
-    def _write(self, path: Path, factors: Factors, content: str, rank: int | None) -> Factors:
+    def _write(self, wanted: Wanted, factors: Factors) -> Factors:
         """Store factors, and hand back what a reader would get: the same numbers, mapped."""
-        tensors = {"U": factors.U.cpu(), "sigma": factors.sigma.cpu(), "Vh": factors.Vh.cpu()}
-        metadata = {
-            "format": "svdiff-factors",
-            "format_version": str(FORMAT_VERSION),
-            "layout": "full",
-            "algorithm_version": str(ALGORITHM_VERSION),
-            "content": content,
-            "shape": json.dumps(list(factors.shape)),
-            "rank": "full" if rank is None else str(rank),
-            "checksum": _checksum(tensors),
-        }
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        layout = self.layout or ("compact" if torch.cuda.is_available() else "full")
+        rank = "full" if wanted.rank is None else str(wanted.rank)
+        partial = self._partial(wanted.path)
         try:
-            save_file(tensors, temporary, metadata)
-            temporary.replace(path)
-            return _load(path)
+            objects.write(
+                partial, factors, content=wanted.content, rank=rank, layout=layout, dtype=objects.DTYPES[self.dtype]
+            )
+            self._publish(partial, wanted.path)
+            return objects.read(wanted.path, wanted.weight)
         except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
             self._give_up(error)
             return factors
 
+    def _publish(self, partial: Path, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.replace(path)
 
-def _compute(weight: Tensor, rank: int | None) -> Factors:
-    return decompose(weight.detach().to(torch.float32), rank)  # of the values that were hashed
+    def _objects(self) -> Iterator[Path]:
+        return self.dir.glob("objects/*/*.safetensors")
+
+    def _partial(self, path: Path) -> Path:
+        return self.dir / "work" / f"{path.stem}.partial"
+
+    @contextmanager
+    def _lock(self, path: Path, *, blocking: bool = True) -> Iterator[None]:
+        """Hold the lock of an object; raises Timeout where another has it and that is not to be waited for."""
+        lock = self.dir / "work" / f"{path.stem}.lock"
+        with FileLock(lock, blocking=blocking):
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)  # who waits for it finds it nameless, and takes a new one
+
+    def _sweep(self) -> int:
+        """Delete what killed processes left in ``work/``; returns how many bytes."""
+        freed = 0
+        for key in {path.stem for path in self.dir.glob("work/*.*")}:
+            path = Path(key)
+            with suppress(Timeout, OSError), self._lock(path, blocking=False):
+                partial = self._partial(path)
+                if partial.exists():
+                    freed += partial.stat().st_size
+                    partial.unlink()
+        in_use(self.dir / "readers")
+        return freed
+
+    def _prepare(self) -> bool:
+        """Whether objects can be written; finds out once."""
+        if self._writable is None:
+            try:
+                (self.dir / "work").mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=self.dir / "work"):
+                    self._writable = True
+            except OSError as error:
+                self._give_up(error)
+        return bool(self._writable)
+
+    def _give_up(self, error: Exception) -> None:
+        if self._writable is not False:
+            reason = getattr(error, "strerror", None) or str(error)
+            warnings.warn(
+                f"factor cache {self.dir} cannot be written ({reason}): decompositions are not kept", stacklevel=4
+            )
+        self._writable = False
 
 
-def _load(path: Path) -> Factors:
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        found = metadata.get("format"), metadata.get("format_version"), metadata.get("layout")
-        if found != ("svdiff-factors", str(FORMAT_VERSION), "full"):
-            raise SVDiffError(f"not a factor object of format version {FORMAT_VERSION}: {found}")
-        tensors = {name: file.get_tensor(name) for name in ("U", "sigma", "Vh")}
-    if _checksum(tensors) != metadata.get("checksum"):
-        raise SVDiffError("its checksum does not match")
-    return Factors(**tensors)
-
-
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    """blake2b-256 over the blake2b-256 digests of the tensors' bytes in chunks of 4 MiB, in order."""
-    chunks = [chunk for t in tensors.values() for chunk in t.contiguous().view(-1).view(torch.uint8).split(_CHUNK)]
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        digests = pool.map(lambda chunk: hashlib.blake2b(chunk.numpy(), digest_size=32).digest(), chunks)
-        return hashlib.blake2b(b"".join(digests), digest_size=32).hexdigest()
-
-
-def _delete(path: Path) -> int:
-    size = path.stat().st_size
-    path.unlink()
-    return size
+def _read_ahead(path: Path) -> None:
+    """Have the system read a file into memory while this process does something else."""
+    with suppress(OSError):
+        file = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(file)

@@ -2,7 +2,8 @@
 
 `expand` is what SVDiff adds to a network. Two are products with frozen weights, torch's own but for what they keep for
 the backward pass (the weight alone) and for how they sum half precision. `linear` is a whole layer and `linear_group`
-several with one input, for backends that gain by seeing all of it. `gains` is the bank of a whole model.
+several with one input, for backends that gain by seeing all of it. `gains` is the bank of a whole model. `eigh` is
+what `solvers.py` decomposes weights by; it has no gradient.
 
 Implementations register themselves with torch's dispatcher: `reference.py` for every device, ``csrc/cpu`` over it for
 CPUs. Gradients are those of ``csrc/autograd.cpp``, or the same in Python from here where the extension is missing.
@@ -58,6 +59,7 @@ library.define(
 )
 library.define("gains(Tensor base, Tensor floor, Tensor mix, Tensor[] deltas) -> (Tensor, Tensor)", tags=_TAGS)
 library.define("gains_backward(Tensor dgain, Tensor held, Tensor mix, int[] adapters) -> Tensor", tags=_TAGS)
+library.define("eigh(Tensor G) -> (Tensor, Tensor)", tags=_TAGS)
 
 
 def expand(
@@ -256,6 +258,21 @@ def gains_backward(dgain: Tensor, held: Tensor, mix: Tensor, adapters: Sequence[
     return torch.ops.svdiff.gains_backward.default(dgain, held, mix, adapters)
 
 
+def eigh(G: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and eigenvectors, as columns, of a batch of symmetric matrices; without a graph.
+
+    Args:
+        G: ``[B, n, n]``, fp32 or fp64; only what is on and below the diagonal is read.
+
+    Returns:
+        ``[B, n]`` and ``[B, n, n]``.
+
+    Raises:
+        torch.linalg.LinAlgError: the solver did not converge.
+    """
+    return torch.ops.svdiff.eigh.default(G)
+
+
 def columns_dense(z: Tensor) -> bool:
     """Is z ``[B, P, r]`` with neighbouring rows, not columns, next to one another (NCHW)?"""
     return z.dim() == 3 and z.stride(1) == 1 and z.stride(2) != 1
@@ -378,6 +395,11 @@ def _gains_fake(base: Tensor, floor: Tensor, mix: Tensor, deltas: Sequence[Tenso
 @torch.library.register_fake("svdiff::gains_backward", lib=library)
 def _gains_backward_fake(dgain: Tensor, held: Tensor, mix: Tensor, adapters: Sequence[int]) -> Tensor:
     return dgain.new_empty(len(adapters), dgain.shape[-1])
+
+
+@torch.library.register_fake("svdiff::eigh", lib=library)
+def _eigh_fake(G: Tensor) -> tuple[Tensor, Tensor]:
+    return G.new_empty(G.shape[:2]), G.new_empty(G.shape)
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:

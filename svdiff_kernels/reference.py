@@ -193,6 +193,12 @@ def _conv2d_by_fp16(x: Tensor, weight: Tensor, geometry: Sequence[Sequence[int]]
     return y.float().div_(alpha)
 
 
+def eigh(G: Tensor) -> tuple[Tensor, Tensor]:
+    """See `ops.eigh`. On GPUs this is cuSOLVER, batched by torch as suits the size."""
+    values, vectors = torch.linalg.eigh(G)
+    return values, vectors.contiguous()
+
+
 def _tiles(weight: Tensor) -> tuple[Tensor, ...]:
     """The weight in blocks of output rows, never more than a quarter of it at a time."""
     rows = min(_TILE // max(1, weight[0].numel()), -(-weight.shape[0] // 4))
@@ -211,5 +217,6 @@ for _op in (
     linear_group_backward,
     gains,
     gains_backward,
+    eigh,
 ):
     library.impl(_op.__name__, _op, "CompositeExplicitAutograd")

@@ -16,6 +16,8 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from svdiff_kernels.leases import lease_of  # noqa: E402
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked gpu run where there is one."""
@@ -33,6 +35,7 @@ def _seeded() -> None:
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("SVDIFF_CACHE", str(tmp_path / "factor-cache"))
     yield
+    lease_of.cache_clear()  # or each test's would be kept open to the end
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from svdiff_kernels import Bank, Factors, SVDiffError
 from svdiff_kernels import nn as snn
-from svdiff_kernels.cache import content_hash
+from svdiff_kernels.objects import content_hash
 from svdiff_kernels.nn import SpectralModule
 
 from .checkpoint import Layout

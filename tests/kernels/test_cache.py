@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from svdiff_kernels import FactorCache, Factors, SVDiffError, decompose
 from svdiff_kernels import cache as cache_module
-from svdiff_kernels.cache import content_hash
+from svdiff_kernels import objects
+from svdiff_kernels.decompose import decomposed
+from svdiff_kernels.objects import content_hash
 
 
 def same(a: Factors, b: Factors) -> bool:
@@ -32,7 +34,7 @@ def only_object(cache: FactorCache) -> Path:
 def decompositions(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """The shapes that were really decomposed."""
     done: list[torch.Size] = []
-    monkeypatch.setattr(cache_module, "decompose", lambda W, *a: done.append(W.shape) or decompose(W, *a))
+    monkeypatch.setattr(cache_module, "decomposed", lambda Ws, *a, **k: done.extend(W.shape for W in Ws) or decomposed(Ws, *a, **k))
     return done
 
 
@@ -131,7 +133,7 @@ def test_a_full_disk_costs_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache_module, "save_file", full)
+    monkeypatch.setattr(objects, "save_file", full)
     cache, W = FactorCache(), torch.randn(13, 29)
     with pytest.warns(UserWarning, match="No space left"):
         assert same(cache.get(W), decompose(W))
