@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,13 +17,16 @@ from svdiff_kernels import FactorCache, Factors
 class RandomFactors(FactorCache):
     """Stands in for the cache: factors of the right shapes and magnitudes, since timing needs no decomposition."""
 
-    def get(self, weight: Tensor, rank: int | None = None) -> Factors:
-        rows, columns = weight.shape[0], weight[0].numel()
-        r = min(rows, columns, rank or rows)
-        device = str(weight.device)
-        sigma = torch.linspace(1.5, 0.1, r, device=device)
-        U, Vh = filled((rows, r), rows**-0.5, device), filled((r, columns), columns**-0.5, device)
-        return Factors(U, sigma, Vh)
+    def iterate(
+        self, weights: Mapping[str, Tensor], rank: int | None = None, *, contents: Mapping[str, str] | None = None
+    ) -> Iterator[tuple[str, Factors]]:
+        for name, weight in weights.items():
+            rows, columns = weight.shape[0], weight[0].numel()
+            r = min(rows, columns, rank or rows)
+            device = str(weight.device)
+            sigma = torch.linspace(1.5, 0.1, r, device=device)
+            U, Vh = filled((rows, r), rows**-0.5, device), filled((r, columns), columns**-0.5, device)
+            yield name, Factors(U, sigma, Vh)
 
 
 def random_unet(config: Path, dtype: torch.dtype, device: str = "cpu") -> Any:

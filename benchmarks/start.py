@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import svdiff
 import torch
 from svdiff.bench import BenchConfig
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from svdiff_kernels import FactorCache, Factors, SVDiffError
@@ -31,8 +33,11 @@ WAYS = {
 class Decomposing(FactorCache):
     """No cache at all: LAPACK's SVD in fp32 each time."""
 
-    def get(self, weight: torch.Tensor, rank: int | None = None) -> Factors:
-        return Factors(*torch.linalg.svd(weight.detach().float().flatten(1), full_matrices=False))
+    def iterate(
+        self, weights: Mapping[str, Tensor], rank: int | None = None, *, contents: Mapping[str, str] | None = None
+    ) -> Iterator[tuple[str, Factors]]:
+        for name, weight in weights.items():
+            yield name, Factors(*torch.linalg.svd(weight.detach().float().flatten(1), full_matrices=False))
 
 
 def run(bench: BenchConfig) -> list[runner.Timing]:

@@ -147,4 +147,4 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
 
 def _update(digest: Any, tensor: Tensor) -> None:
     content = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-    digest.update(memoryview(content))
+    digest.update(content.data)

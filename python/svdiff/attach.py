@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
-from svdiff_kernels import FactorCache, Factors, SVDiffError, decompose
+from svdiff_kernels import FactorCache, Factors, SVDiffError
+from svdiff_kernels.decompose import decomposed
 from svdiff_kernels.nn import SpectralModule
 
 from . import checkpoint
@@ -133,11 +135,8 @@ def _attach(
     try:
         for role, modules in chosen.items():
             layout = layouts[role]
-
-            def factors_of(weight: Tensor, rank: int | None = layout.rank) -> Factors:
-                return decompose(weight, rank) if store is None else store.get(weight, rank)
-
             _check_plain(models[role])
+            factors_of = partial(_factors_of, store=store, layout=layout)
             part = AttachedModel(role, models[role], modules, layout, form=form, factors_of=factors_of, lot=lot)
             attached.append(part)
     except BaseException:
@@ -146,6 +145,17 @@ def _attach(
         lot.close()
         raise
     return Adapter(attached, lot, left_out=models.keys() - chosen.keys())
+
+
+def _factors_of(
+    weights: Mapping[str, Tensor], *, store: FactorCache | None, layout: Layout
+) -> Iterator[tuple[str, Factors]]:
+    if store is not None:
+        yield from store.iterate(weights, layout.rank, contents=layout.hashes)
+        return
+    paths = list(weights)
+    for i, factors in decomposed(list(weights.values()), layout.rank, names=paths):
+        yield paths[i], factors
 
 
 def _models_of(model_or_pipeline: Any) -> dict[str, nn.Module]:

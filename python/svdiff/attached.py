@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from svdiff_kernels import Bank, Factors, SVDiffError
 from svdiff_kernels import nn as snn
-from svdiff_kernels.objects import content_hash
+from svdiff_kernels.decompose import cost, is_finite
 from svdiff_kernels.nn import SpectralModule
+from svdiff_kernels.objects import content_hash
 
 from .checkpoint import Layout
-from .parking import ParkingLot, Ticket, trim_heap
-from .progress import progress_bar
+from .parking import ParkingLot, Ticket
+from .progress import arithmetic_bar
 
 MATRIX_LAYERS: dict[type[nn.Module], Any] = {
     nn.Linear: snn.SpectralLinear,
@@ -27,6 +28,9 @@ ONE_DIM_LAYERS: dict[type[nn.Module], Any] = {
     nn.LayerNorm: snn.SpectralLayerNorm,
     nn.GroupNorm: snn.SpectralGroupNorm,
 }
+
+FactorsOf = Callable[[Mapping[str, Tensor]], Iterable[tuple[str, Factors]]]
+"""Gives the factors of weights by path, in any order."""
 
 
 def layout_of(modules: Mapping[str, nn.Module], *, rank: int | None, one_dim: str, base_model: str) -> Layout:
@@ -40,7 +44,7 @@ def layout_of(modules: Mapping[str, nn.Module], *, rank: int | None, one_dim: st
         weight = _weight_of(module)
         if weight.is_meta:
             raise SVDiffError(f"{path}.weight has no values (it is on the meta device): load the model first")
-        if not torch.isfinite(weight).all():
+        if not is_finite(weight):
             raise SVDiffError(f"the base model is damaged: {path}.weight holds NaN or inf")
         if type(module) in ONE_DIM_LAYERS:
             size = 1 if one_dim == "scalar" else weight.numel()
@@ -65,8 +69,8 @@ class AttachedModel:
         modules: what to replace, by path.
         layout: of these modules.
         form: "auto", "factored", "residual" or "recomposed".
-        factors_of: gives the factors of a weight.
-        lot: where weights go that their spectral layers do without; one at a time, so that memory never holds all
+        factors_of: gives the factors of the weights.
+        lot: where weights go that their spectral layers do without, as factors come, so that memory never holds all
             weights and all factors.
     """
 
@@ -78,7 +82,7 @@ class AttachedModel:
         layout: Layout,
         *,
         form: str,
-        factors_of: Callable[[Tensor], Factors],
+        factors_of: FactorsOf,
         lot: ParkingLot,
     ) -> None:
         self.role, self.model, self.layout = role, model, layout
@@ -101,26 +105,37 @@ class AttachedModel:
         self.bank.release()
         self._restore()
 
-    def _make_layers(self, form: str, factors_of: Callable[[Tensor], Factors]) -> None:
+    def _make_layers(self, form: str, factors_of: FactorsOf) -> None:
+        made: dict[str, SpectralModule] = {}
+        self._layers = made  # as far as it has come, should it fail
+        weights: dict[str, Tensor] = {}
+        for path, original in self._originals.items():
+            if maker := ONE_DIM_LAYERS.get(type(original)):
+                made[path] = maker.from_module(original, mode=self.layout.one_dim).train(original.training)
+            else:
+                weights[path] = _weight_of(original)
         holders = Counter(id(p) for module in self.model.modules() for p in module._parameters.values())
         on_gpu = any(parameter.is_cuda for parameter in self.model.parameters())
-        copies = torch.cuda.Stream() if on_gpu else None  # factors travel while the next weight is parked and hashed
-        for path, original in progress_bar(self._originals.items(), "Decomposing", delay=3):
-            if maker := ONE_DIM_LAYERS.get(type(original)):
-                layer = maker.from_module(original, mode=self.layout.one_dim)
-            else:
-                weight = _weight_of(original)
+        copies = torch.cuda.Stream() if on_gpu else None  # factors travel while the next weight is parked
+        costs = {path: cost(weight) for path, weight in weights.items()}
+        with arithmetic_bar(sum(costs.values()), "Decomposing", delay=3) as bar:
+            for path, factors in factors_of(weights):
+                original = self._originals[path]
                 own_form = "auto" if getattr(original, "groups", 1) > 1 else form  # grouped: nn knows the only one
-                factors = factors_of(weight)
                 with torch.cuda.stream(copies):  # of None does nothing
                     layer = MATRIX_LAYERS[type(original)].from_module(original, factors, form=own_form)
-                if layer.base is None and holders[id(weight)] == 1:  # a shared weight stays, for who shares it
-                    self._tickets[path] = self._lot.park(weight)
-                    weight.data = weight.data.new_empty(0)
-                    trim_heap()
-            self._layers[path] = layer.train(original.training)
+                made[path] = layer.train(original.training)
+                if layer.base is None and holders[id(weights[path])] == 1:  # a shared weight stays, for who shares it
+                    self._park(path)
+                bar.advance(costs[path])
         if copies is not None:
             torch.cuda.current_stream().wait_stream(copies)
+        self._layers = {path: made[path] for path in self._originals}
+
+    def _park(self, path: str) -> None:
+        weight = _weight_of(self._originals[path])
+        self._tickets[path] = self._lot.park(weight.data)
+        weight.data = weight.data.new_empty(0)
 
     def _swap(self, substitutes: Mapping[int, nn.Module]) -> None:
         for parent in list(self.model.modules()):

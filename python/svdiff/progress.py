@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from svdiff_kernels.decompose import BAR_FORMAT
+
 from .termination import exit_if_told
 
 T = TypeVar("T")
@@ -16,6 +18,18 @@ T = TypeVar("T")
 def progress_bar(items: Collection[T], description: str, *, delay: float = 0) -> tqdm[T]:
     """A bar over `items`, shown once it has taken `delay` seconds; a command told to end does so between two."""
     return _Bar(items, desc=description, delay=delay, **progress_options())
+
+
+def arithmetic_bar(total: float, description: str, *, delay: float = 0) -> _ArithmeticBar:
+    """A bar over so much arithmetic, to be advanced by hand; otherwise as `progress_bar`."""
+    return _ArithmeticBar(total=total, desc=description, delay=delay, bar_format=BAR_FORMAT, **progress_options())
+
+
+class _ArithmeticBar(tqdm):
+    def advance(self, amount: float) -> None:
+        """Show that so much more is done."""
+        self.update(amount)
+        exit_if_told()
 
 
 class _Bar(tqdm):

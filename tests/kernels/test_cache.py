@@ -14,9 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from svdiff_kernels import FactorCache, Factors, SVDiffError, decompose
+from svdiff_kernels import FactorCache, Factors, SVDiffError, decompose, objects
 from svdiff_kernels import cache as cache_module
-from svdiff_kernels import objects
 from svdiff_kernels.decompose import decomposed
 from svdiff_kernels.objects import content_hash
 
@@ -34,7 +33,9 @@ def only_object(cache: FactorCache) -> Path:
 def decompositions(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """The shapes that were really decomposed."""
     done: list[torch.Size] = []
-    monkeypatch.setattr(cache_module, "decomposed", lambda Ws, *a, **k: done.extend(W.shape for W in Ws) or decomposed(Ws, *a, **k))
+    monkeypatch.setattr(
+        cache_module, "decomposed", lambda Ws, *a, **k: done.extend(W.shape for W in Ws) or decomposed(Ws, *a, **k)
+    )
     return done
 
 

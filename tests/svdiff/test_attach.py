@@ -242,11 +242,12 @@ class FailingCache(FactorCache):
 
     left = 20
 
-    def get(self, weight: Tensor, rank: int | None = None) -> Any:
-        self.left -= 1
-        if self.left < 0:
-            raise OSError("the disk is gone")
-        return super().get(weight, rank)
+    def iterate(self, *args: Any, **kwargs: Any) -> Any:
+        for found in super().iterate(*args, **kwargs):
+            self.left -= 1
+            if self.left < 0:
+                raise OSError("the disk is gone")
+            yield found
 
 
 def test_a_failure_half_way_leaves_the_model_as_it_was(pipeline: Any) -> None:
@@ -342,10 +343,11 @@ from diffusers import UNet2DConditionModel
 from svdiff_kernels import FactorCache, Factors
 
 class MadeUp(FactorCache):  # real decompositions would take minutes
-    def get(self, weight, rank=None):
-        M, N = weight.shape[0], weight[0].numel()
-        r = min(M, N)
-        return Factors(torch.full((M, r), 0.01), torch.ones(r), torch.full((r, N), 0.01))
+    def iterate(self, weights, rank=None, *, contents=None):
+        for name, weight in weights.items():
+            M, N = weight.shape[0], weight[0].numel()
+            r = min(M, N)
+            yield name, Factors(torch.full((M, r), 0.01), torch.ones(r), torch.full((r, N), 0.01))
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
