@@ -69,11 +69,11 @@ def linear_backward(
 
 def gains(base: Tensor, floor: Tensor, mix: Tensor, deltas: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """See `ops.gains`."""
-    gain, held = torch.ops.svdiff_cuda.gain.default(base, floor, mix, deltas)
+    gain, held = torch.ops.svdiff_cuda.gains.default(base, floor, mix, deltas)
     return gain, held
 
 
 def gains_backward(dgain: Tensor, held: Tensor, mix: Tensor, adapters: Sequence[int]) -> Tensor:
     """See `ops.gains_backward`."""
-    grads: Tensor = torch.ops.svdiff_cuda.gain_backward.default(dgain, held, mix, adapters)
+    grads: Tensor = torch.ops.svdiff_cuda.gains_backward.default(dgain, held, mix, adapters)
     return grads

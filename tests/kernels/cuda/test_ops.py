@@ -288,7 +288,7 @@ def test_gains(A, S, R, split, cuda) -> None:
         with torch.no_grad():
             delta[:1] = 0
     want = _Gains.apply(base, floor, mix, *deltas) if A else base.expand(*mix.shape[:-1], R)
-    gain, held = cuda("gain", base, floor, mix, [d.detach() for d in deltas])
+    gain, held = cuda("gains", base, floor, mix, [d.detach() for d in deltas])
     assert gain.shape == held.shape == want.shape and relative(gain, want.detach()) <= 1e-6
     assert torch.equal(held, gain <= floor) and (not A or held[..., 0].all())
     if not A:
@@ -296,7 +296,7 @@ def test_gains(A, S, R, split, cuda) -> None:
     dgain = torch.randn_like(gain)
     grads = torch.autograd.grad(want, deltas, dgain)
     adapters = [*range(0, A, 2)]
-    ddelta = cuda("gain_backward", dgain, held, mix, adapters)
+    ddelta = cuda("gains_backward", dgain, held, mix, adapters)
     assert ddelta.shape == (len(adapters), R)
     for row, a in zip(ddelta, adapters, strict=True):
         assert relative(row, torch.cat(grads[2 * a : 2 * a + 2])) <= 1e-6
@@ -304,7 +304,7 @@ def test_gains(A, S, R, split, cuda) -> None:
 
 def test_a_gain_that_is_no_number_stays_one(cuda) -> None:
     base = torch.tensor([float("nan"), 1.0], device=cuda.device)
-    gain, held = cuda("gain", base, torch.zeros_like(base), base.new_zeros(0), [])
+    gain, held = cuda("gains", base, torch.zeros_like(base), base.new_zeros(0), [])
     assert gain[0].isnan() and not held.any()
 
 
@@ -315,11 +315,11 @@ def test_a_graph_captures_all_of_it(cuda) -> None:
 
     def step() -> tuple[Tensor, ...]:
         mix = torch.ones(1, device="cuda")
-        gain, held = cuda("gain", base, torch.zeros_like(base), mix, [delta[:40], delta[40:]])
+        gain, held = cuda("gains", base, torch.zeros_like(base), mix, [delta[:40], delta[40:]])
         scale = gain.view(2, 48)
         y = cuda("expand", case.z, case.U, scale, case.bias, F16)
         dz, dscale = cuda("expand_backward", case.dy, case.z, case.U, scale, True)
-        return y, dz, cuda("gain_backward", dscale.view(-1), held, mix, [0])
+        return y, dz, cuda("gains_backward", dscale.view(-1), held, mix, [0])
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

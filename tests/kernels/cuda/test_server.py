@@ -20,7 +20,7 @@ def device(cuda: Any) -> Iterator[str]:
     """Where to put tensors; without a GPU the emulated kernels are what the CPU has for these ops."""
     library = torch.library.Library("svdiff_cuda", "IMPL")
     if cuda.device == "cpu":
-        for name in ("expand", "expand_backward", "project", "gain", "gain_backward"):
+        for name in ("expand", "expand_backward", "project", "gains", "gains_backward"):
             library.impl(name, lambda *arguments, name=name: cuda(name, *arguments), "CPU")
     yield cuda.device
     library._destroy()
