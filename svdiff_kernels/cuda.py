@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .fastest import tensors_of
 from .ops import columns_dense
+from .reference import unscaled
 
 
 def can_serve(op: str, arguments: Sequence[Any]) -> bool:
@@ -60,7 +61,7 @@ def linear_backward(
     """See `ops.linear_backward`."""
     dz, dscale = expand_backward(dy, kept, U, scale, need_dx)
     if scaled and kept is not None:
-        dscale = torch.where(scale > 0, dscale / scale, 0)
+        dscale = unscaled(dscale, scale)
     if not need_dx:
         return dz, dscale
     dx = F.linear(dz, Vh.T)
