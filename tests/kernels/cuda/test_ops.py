@@ -6,10 +6,10 @@ then loops that keep to the contract of gemm.h: what CUTLASS makes of it only a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
+from kernels import cases
+from kernels.cases import BF16, F16, F32, Case, bound, by_rows
 from numerics import EXACT, relative
 from torch import Tensor
 
@@ -18,73 +18,9 @@ from svdiff_kernels.bank import _Gains
 
 pytestmark = pytest.mark.timeout(900)  # the first test compiles the emulated device
 
-F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-# Of z and U, and of y.
-TYPES = [(F32, F32), (F16, F16), (BF16, BF16), (F16, BF16), (BF16, F32)]
-# (leading dimensions, S, columns dense)
-ROWS = [
-    ((0,), 1, False),
-    ((1,), 1, False),
-    ((131,), 1, False),
-    ((3, 29), 1, False),
-    ((6, 5), 3, False),
-    ((7,), 7, False),
-    ((0, 5), 1, True),
-    ((2, 71), 1, True),
-    ((4, 7), 2, True),
-    ((1, 264), 1, True),
-    ((3, 8), 3, True),
-]
+TYPES = [*cases.TYPES, (BF16, F32)]
+ROWS = [*cases.ROWS, ((0, 5), 1, True), ((1, 264), 1, True), ((3, 8), 3, True)]
 SIZES = [(70, 1), (1, 9), (29, 17), (24, 40)]  # (M, r); the last is aligned
-
-
-@dataclass
-class Case:
-    """Arguments of the op, and what fp64 makes of them."""
-
-    z: Tensor
-    U: Tensor
-    scale: Tensor
-    bias: Tensor
-    dy: Tensor
-
-    @classmethod
-    def make(
-        cls, lead: tuple[int, ...], S: int, columns: bool, M: int, R: int, kept: torch.dtype, out: torch.dtype
-    ) -> Case:
-        def rows(width: int, dtype: torch.dtype) -> Tensor:
-            t = torch.randn(*lead, width).to(dtype)
-            return t.transpose(1, 2).contiguous().transpose(1, 2) if columns else t
-
-        scale = torch.rand(S, R)
-        scale[:, R // 2] = 0
-        return cls(rows(R, kept), (torch.randn(M, R) * R**-0.5).to(kept), scale, torch.randn(M).to(out), rows(M, out))
-
-    def truth(self) -> tuple[Tensor, Tensor, Tensor]:
-        z, U, scale, bias, dy = (t.double() for t in (self.z, self.U, self.scale, self.bias, self.dy))
-        rows = scale.repeat_interleave(z.shape[:-1].numel() // len(scale), 0).view(z.shape)
-        b = dy @ U
-        dscale = (z * b).reshape(len(scale), z.shape[:-1].numel() // len(scale), z.shape[-1]).sum(1)
-        return (z * rows) @ U.T + bias, rows * b, dscale
-
-    def to(self, device: str, *, fused: bool = True) -> Case:
-        """The same with NaN around every tensor, for a kernel to read if it reads too far.
-
-        Not fused, U does not start where TMA could read it.
-        """
-        tensors = (t.to(device) for t in (self.z, self.U, self.scale, self.bias, self.dy))
-        z, U, *rest = (_in_nan(t) for t in tensors)
-        return Case(z, U if fused else _in_nan(U, 65), *rest)
-
-
-def _in_nan(t: Tensor, start: int = 64) -> Tensor:
-    buffer = torch.full((t.numel() + 129,), float("nan"), dtype=t.dtype, device=t.device)
-    return buffer.as_strided(t.shape, t.stride(), start).copy_(t)
-
-
-def bound(kept: torch.dtype, out: torch.dtype) -> float:
-    """Sums are taken in fp32, so that the rounding of the scaled rows and of the result is all there is."""
-    return EXACT[F32] if kept == F32 else max(torch.finfo(t).eps for t in (kept, out))
 
 
 @pytest.fixture(autouse=True)
@@ -95,21 +31,13 @@ def _poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-def _cases(types):
-    return pytest.mark.parametrize(
-        ("lead", "S", "columns", "M", "R", "kept", "out"),
-        [(*row, *size, *pair) for row in ROWS for size in SIZES for pair in types],
-        ids=lambda value: str(value).removeprefix("torch."),
-    )
-
-
 fused = pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 
 
 @fused
-@_cases(TYPES)
+@cases.cases("M R", SIZES, rows=ROWS, types=TYPES)
 def test_forward(lead, S, columns, M, R, kept, out, fused, cuda) -> None:
-    case = Case.make(lead, S, columns, M, R, kept, out).to(cuda.device, fused=fused)
+    case = Case.make(lead, S, columns, M, R, kept, out).to(cuda.device, aligned=fused)
     y = cuda("expand", case.z, case.U, case.scale, case.bias, out)
     assert y.dtype == out and y.shape == (*lead, M) and ops.columns_dense(y) == ops.columns_dense(case.z)
     assert relative(y, case.truth()[0]) <= bound(kept, out)
@@ -117,9 +45,9 @@ def test_forward(lead, S, columns, M, R, kept, out, fused, cuda) -> None:
 
 
 @fused
-@_cases(TYPES[:3])
+@cases.cases("M R", SIZES, rows=ROWS, types=TYPES[:3])
 def test_backward(lead, S, columns, M, R, kept, out, fused, cuda) -> None:
-    case = Case.make(lead, S, columns, M, R, kept, out).to(cuda.device, fused=fused)
+    case = Case.make(lead, S, columns, M, R, kept, out).to(cuda.device, aligned=fused)
     _, dz, dscale = case.truth()
     got_dz, got_dscale = cuda("expand_backward", case.dy, case.z, case.U, case.scale, True)
     assert got_dz.dtype == out and got_dz.shape == (*lead, R)
@@ -135,7 +63,7 @@ def test_backward(lead, S, columns, M, R, kept, out, fused, cuda) -> None:
 @pytest.mark.parametrize(("lead", "S", "columns"), ROWS[3:], ids=str)
 @pytest.mark.parametrize(("M", "R"), SIZES[2:], ids=str)
 def test_only_what_is_wanted_is_computed(lead, S, columns, M, R, kept, out, fused, cuda) -> None:
-    case = Case.make(lead, S, columns, M, R, kept, out).to(cuda.device, fused=fused)
+    case = Case.make(lead, S, columns, M, R, kept, out).to(cuda.device, aligned=fused)
     dz, dscale = cuda("expand_backward", case.dy, case.z, case.U, case.scale, True)
     only_dz, nothing = cuda("expand_backward", case.dy, None, case.U, case.scale, True)
     assert nothing.numel() == 0 and relative(only_dz, dz) <= bound(kept, out)
@@ -189,12 +117,12 @@ def test_large(lead, S, columns, R, kept, cuda) -> None:
 @pytest.mark.parametrize(("lead", "S"), [row[:2] for row in ROWS if not row[2]], ids=str)
 @pytest.mark.parametrize(("R", "N"), SIZES, ids=str)
 def test_project(lead, S, R, N, kept, out, fused, cuda) -> None:
-    case = Case.make(lead, S, False, N, R, kept, out).to(cuda.device, fused=fused)
+    case = Case.make(lead, S, False, N, R, kept, out).to(cuda.device, aligned=fused)
     x, Vh = torch.randn(*lead, N, device=cuda.device).to(kept), case.U.T
-    rows = case.scale.double().repeat_interleave(x.shape[:-1].numel() // S, 0).view(*lead, R)
     y = cuda("project", x, Vh, case.scale, out, 0.25)
     assert y.dtype == out
-    assert relative(y, 0.25 * rows * (x.double() @ Vh.double().T)) <= EXACT.get(out, torch.finfo(out).eps)
+    truth = 0.25 * by_rows(case.scale.double(), y) * (x.double() @ Vh.double().T)
+    assert relative(y, truth) <= EXACT.get(out, torch.finfo(out).eps)
 
 
 @pytest.mark.parametrize(
