@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernels import cases
-from kernels.cases import BF16, F16, F32, Case, bound, by_rows
+from kernels.cases import BF16, F16, F32, ROWS, TYPES, Case, bound, by_rows, cases
 from numerics import EXACT, relative
 from torch import Tensor
 
@@ -18,8 +17,8 @@ from svdiff_kernels.bank import _Gains
 
 pytestmark = pytest.mark.timeout(900)  # the first test compiles the emulated device
 
-TYPES = [*cases.TYPES, (BF16, F32)]
-ROWS = [*cases.ROWS, ((0, 5), 1, True), ((1, 264), 1, True), ((3, 8), 3, True)]
+ALL_TYPES = [*TYPES, (BF16, F32)]
+ALL_ROWS = [*ROWS, ((0, 5), 1, True), ((1, 264), 1, True), ((3, 8), 3, True)]
 SIZES = [(70, 1), (1, 9), (29, 17), (24, 40)]  # (M, r); the last is aligned
 
 
@@ -35,7 +34,7 @@ fused = pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 
 
 @fused
-@cases.cases("M R", SIZES, rows=ROWS, types=TYPES)
+@cases("M R", SIZES, rows=ALL_ROWS, types=ALL_TYPES)
 def test_forward(lead, S, columns, M, R, kept, out, fused, cuda) -> None:
     case = Case.make(lead, S, columns, M, R, kept, out).to(cuda.device, aligned=fused)
     y = cuda("expand", case.z, case.U, case.scale, case.bias, out)
@@ -45,7 +44,7 @@ def test_forward(lead, S, columns, M, R, kept, out, fused, cuda) -> None:
 
 
 @fused
-@cases.cases("M R", SIZES, rows=ROWS, types=TYPES[:3])
+@cases("M R", SIZES, rows=ALL_ROWS, types=TYPES[:3])
 def test_backward(lead, S, columns, M, R, kept, out, fused, cuda) -> None:
     case = Case.make(lead, S, columns, M, R, kept, out).to(cuda.device, aligned=fused)
     _, dz, dscale = case.truth()
@@ -60,7 +59,7 @@ def test_backward(lead, S, columns, M, R, kept, out, fused, cuda) -> None:
 
 @fused
 @pytest.mark.parametrize(("kept", "out"), TYPES[:3], ids=str)
-@pytest.mark.parametrize(("lead", "S", "columns"), ROWS[3:], ids=str)
+@pytest.mark.parametrize(("lead", "S", "columns"), ALL_ROWS[3:], ids=str)
 @pytest.mark.parametrize(("M", "R"), SIZES[2:], ids=str)
 def test_only_what_is_wanted_is_computed(lead, S, columns, M, R, kept, out, fused, cuda) -> None:
     case = Case.make(lead, S, columns, M, R, kept, out).to(cuda.device, aligned=fused)
@@ -110,11 +109,12 @@ def test_large(lead, S, columns, R, kept, cuda) -> None:
     assert relative(cuda("expand", case.z, case.U, case.scale, case.bias, kept), y) <= bound(kept, kept)
     got_dz, got_dscale = cuda("expand_backward", case.dy, case.z, case.U, case.scale, True)
     assert relative(got_dz, dz) <= bound(kept, kept) and relative(got_dscale, dscale) <= EXACT[F32]
+    assert torch.equal(cuda("expand_backward", case.dy, case.z, case.U, case.scale, True)[1], got_dscale)
 
 
 @fused
-@pytest.mark.parametrize(("kept", "out"), [*TYPES, (BF16, F16), (F32, F16)], ids=str)
-@pytest.mark.parametrize(("lead", "S"), [row[:2] for row in ROWS if not row[2]], ids=str)
+@pytest.mark.parametrize(("kept", "out"), [*ALL_TYPES, (BF16, F16), (F32, F16)], ids=str)
+@pytest.mark.parametrize(("lead", "S"), [row[:2] for row in ALL_ROWS if not row[2]], ids=str)
 @pytest.mark.parametrize(("R", "N"), SIZES, ids=str)
 def test_project(lead, S, R, N, kept, out, fused, cuda) -> None:
     case = Case.make(lead, S, False, N, R, kept, out).to(cuda.device, aligned=fused)
