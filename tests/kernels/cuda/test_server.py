@@ -12,6 +12,8 @@ from numerics import EXACT, relative
 from svdiff_kernels import cuda as served
 from svdiff_kernels import reference
 
+pytestmark = pytest.mark.timeout(900)  # the first test compiles the emulated device, or waits for who does
+
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 
 

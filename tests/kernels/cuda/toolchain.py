@@ -23,6 +23,7 @@ from pathlib import Path
 
 import platformdirs
 import torch
+from filelock import FileLock
 
 from csrc.cuda import build
 
@@ -167,15 +168,16 @@ def _cached(name: str, flags: Iterable[str], depends: Iterable[Path], make: Call
     for path in sorted(depends):
         key.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
     kept = CACHE / f"{key.hexdigest()[:32]}-{name}"
-    if kept.exists():
-        kept.touch()
-    else:
-        CACHE.mkdir(parents=True, exist_ok=True)
-        for old in CACHE.glob(f"*-{name}"):
-            if time.time() - old.stat().st_mtime > _KEEP:
-                old.unlink(missing_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            made = Path(folder) / name
-            make(made)
-            os.replace(made, kept)  # at once, for another run may want it too
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{kept}.lock"):  # tests run two at a time
+        if kept.exists():
+            kept.touch()
+        else:
+            for old in CACHE.glob(f"*-{name}*"):
+                if time.time() - old.stat().st_mtime > _KEEP:
+                    old.unlink(missing_ok=True)
+            with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+                made = Path(folder) / name
+                make(made)
+                os.replace(made, kept)  # whole or not at all
     return kept
