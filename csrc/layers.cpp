@@ -1,5 +1,5 @@
 // Whole spectral layers in one call, with one node in the graph of gradients: the compositions of
-// svdiff_kernels/functional.py, where Python and a node per op would take longer than a small layer computes.
+// svdiff_kernels/scaled.py, where Python and a node per op would take longer than a small layer computes.
 //
 // Only eager mode calls them. A compiler is shown the composition itself.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import SVDiffError
-from .nn import SpectralModule, keep_wide
+from .module import SpectralModule, keep_wide
 from .ops import gains, gains_backward
 
 TRAINED = "default"

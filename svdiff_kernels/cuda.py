@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .fastest import tensors_of
 from .ops import columns_dense
+from .reference import unscaled
 
 
 def can_serve(op: str, arguments: Sequence[Any]) -> bool:
@@ -60,7 +61,7 @@ def linear_backward(
     """See `ops.linear_backward`."""
     dz, dscale = expand_backward(dy, kept, U, scale, need_dx)
     if scaled and kept is not None:
-        dscale = torch.where(scale > 0, dscale / scale, 0)
+        dscale = unscaled(dscale, scale)
     if not need_dx:
         return dz, dscale
     dx = F.linear(dz, Vh.T)
@@ -69,11 +70,11 @@ def linear_backward(
 
 def gains(base: Tensor, floor: Tensor, mix: Tensor, deltas: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """See `ops.gains`."""
-    gain, held = torch.ops.svdiff_cuda.gain.default(base, floor, mix, deltas)
+    gain, held = torch.ops.svdiff_cuda.gains.default(base, floor, mix, deltas)
     return gain, held
 
 
 def gains_backward(dgain: Tensor, held: Tensor, mix: Tensor, adapters: Sequence[int]) -> Tensor:
     """See `ops.gains_backward`."""
-    grads: Tensor = torch.ops.svdiff_cuda.gain_backward.default(dgain, held, mix, adapters)
+    grads: Tensor = torch.ops.svdiff_cuda.gains_backward.default(dgain, held, mix, adapters)
     return grads

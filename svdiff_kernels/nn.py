@@ -9,99 +9,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import functional as SF
 from .backends import factor_dtype
 from .decompose import decompose
 from .errors import SVDiffError
 from .factors import Factors
 from .lazy import LazyWeight
+from .module import SpectralModule
+from .norms import SpectralGroupNorm, SpectralLayerNorm
+from .recomposed import recomposed_conv2d, recomposed_embedding, recomposed_linear, recomposed_weight
+from .scaled import scaled_conv2d, scaled_embedding, scaled_linear, scaled_linears
 
-if TYPE_CHECKING:
-    from .bank import Bank
+__all__ = [
+    "FORMS",
+    "SpectralConv2d",
+    "SpectralEmbedding",
+    "SpectralGroupNorm",
+    "SpectralLayerNorm",
+    "SpectralLinear",
+    "SpectralModule",
+    "linears",
+    "range_shift",
+]
 
 FORMS = ("factored", "residual", "recomposed")
-
-
-class SpectralModule(nn.Module):
-    """What all spectral layers share: the shift, and where its gain comes from.
-
-    Attributes:
-        sigma: buffer ``[r]``, at least fp32 whatever the module is cast to.
-        delta: parameter ``[r]`` in sigma's dtype; once a `Bank` has adopted the layer, a view of the bank's vector.
-        form: "factored", "residual" or "recomposed" (of a norm: "vector" or "scalar").
-        one_dim: whether the weight is a vector; those learn at a rate of their own.
-    """
-
-    sigma: Tensor
-    delta: Tensor
-    bias: Tensor | None
-    form: str
-    one_dim: ClassVar[bool] = False
-
-    def __init__(self, sigma: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        sigma = sigma.detach().to(torch.promote_types(sigma.dtype, torch.float32))
-        self.register_buffer("sigma", sigma)
-        self.delta = nn.Parameter(torch.zeros_like(sigma))
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self._bank: Bank | None = None
-        self._bank_gain: Tensor | None = None
-
-    @property
-    def rank(self) -> int:
-        """How many numbers are trained."""
-        return self.sigma.shape[0]
-
-    def scale(self) -> Tensor:
-        """``relu(sigma + delta)``, ``[r]`` (of a norm in vector mode ``sigma + delta``)."""
-        gain = self.gain()
-        return self.sigma + gain if self.form == "residual" else gain
-
-    def gain(self) -> Tensor:
-        """What the forward pass multiplies by: `scale`, less sigma in the residual form."""
-        if self._bank is None:
-            return SF.spectral_gain(self.sigma, self.delta, residual=self.form == "residual")
-        if not torch.compiler.is_compiling():  # compiled, only the bank's hook refreshes
-            self._bank.ensure_fresh()
-        assert self._bank_gain is not None
-        return self._bank_gain
-
-    def one_gain(self) -> Tensor:
-        """`gain`, where all samples must share it.
-
-        Raises:
-            SVDiffError: the bank's mix differs from sample to sample.
-        """
-        gain = self.gain()
-        if gain.dim() == 2:
-            raise SVDiffError("there is no one weight while samples have mixes of their own: set one mix for all")
-        return gain
-
-    def gain_terms(self) -> tuple[Tensor, Tensor]:
-        """``(base, floor)`` with ``gain = max(base + delta, floor)``: how a bank computes it."""
-        if self.form == "residual":
-            return torch.zeros_like(self.sigma), -self.sigma
-        return self.sigma, torch.zeros_like(self.sigma)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        delta = self._parameters.get("delta")
-        kept = {id(t) for t in (self.sigma, delta, None if delta is None else delta.grad) if t is not None}
-        return super()._apply(lambda t: keep_wide(fn, t) if id(t) in kept else fn(t), recurse)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_bank_gain": None}  # not a leaf: cannot be copied; the bank makes it again
-
-
-def keep_wide(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    """``fn(tensor)``, except that a cast below fp32 only moves: half precision would eat small shifts."""
-    out = fn(tensor)
-    return out if out.dtype == tensor.dtype else tensor.to(out.device, torch.promote_types(out.dtype, torch.float32))
 
 
 def range_shift(sigma: Tensor) -> int:
@@ -157,7 +93,7 @@ class _SpectralMatrix(SpectralModule):
     def recomposed_weight(self) -> Tensor:
         """The shifted weight, as large as the original."""
         gain = self.one_gain()
-        return SF.recomposed_weight(self.U, gain, self.Vh, self.base, alpha=self.alpha, dtype=self.dtype)
+        return recomposed_weight(self.U, gain, self.Vh, self.base, alpha=self.alpha, dtype=self.dtype)
 
     def _merge_into(self, plain: nn.Module) -> Any:
         plain.weight = nn.Parameter(self.recomposed_weight().detach(), requires_grad=False)
@@ -245,7 +181,7 @@ class SpectralLinear(_SpectralMatrix):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[*, in_features]`` to ``[*, out_features]``."""
-        run = SF.recomposed_linear if self.form == "recomposed" else SF.scaled_linear
+        run = recomposed_linear if self.form == "recomposed" else scaled_linear
         return run(x, self.U, self.gain(), self.Vh, self.bias, weight=self.base, alpha=self.alpha)
 
     def merge(self) -> nn.Linear:
@@ -266,7 +202,7 @@ def linears(x: Tensor, layers: Sequence[SpectralLinear]) -> list[Tensor]:
         return [layer(x) for layer in layers]
     U, Vh, bias = [layer.U for layer in layers], [layer.Vh for layer in layers], [layer.bias for layer in layers]
     gains, alpha = [layer.gain() for layer in layers], [layer.alpha for layer in layers]
-    return SF.scaled_linears(x, U, gains, Vh, bias, alpha=alpha)
+    return scaled_linears(x, U, gains, Vh, bias, alpha=alpha)
 
 
 class SpectralConv2d(_SpectralMatrix):
@@ -297,7 +233,7 @@ class SpectralConv2d(_SpectralMatrix):
         padding = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._padding_around, mode=self.padding_mode), 0
-        run = SF.recomposed_conv2d if self.form == "recomposed" else SF.scaled_conv2d
+        run = recomposed_conv2d if self.form == "recomposed" else scaled_conv2d
         rest = (self.bias, self.stride, padding, self.dilation, self.groups)
         return run(x, self.U, self.gain(), self.Vh, *rest, weight=self.base, alpha=self.alpha)
 
@@ -348,8 +284,8 @@ class SpectralEmbedding(_SpectralMatrix):
         """``[*]`` integers to ``[*, embedding_dim]``."""
         how: Any = {"padding_idx": self.padding_idx, "dtype": self.dtype}
         if self.form == "recomposed":
-            return SF.recomposed_embedding(ids, self.U, self.gain(), self.Vh, **how)
-        return SF.scaled_embedding(ids, self.U, self.gain(), self.Vh, weight=self.base, **how)
+            return recomposed_embedding(ids, self.U, self.gain(), self.Vh, **how)
+        return scaled_embedding(ids, self.U, self.gain(), self.Vh, weight=self.base, **how)
 
     def merge(self) -> nn.Embedding:
         """A plain embedding with the shifted table."""
@@ -359,118 +295,3 @@ class SpectralEmbedding(_SpectralMatrix):
     def extra_repr(self) -> str:
         """One line for print(model)."""
         return f"{self.num_embeddings}, {self.embedding_dim}, rank={self.rank}, form={self.form}"
-
-
-class _SpectralVector(SpectralModule):
-    """A norm's weight ``w [n]``: ``w + delta`` ("vector"), or ``relu(||w|| + delta) w / ||w||`` ("scalar").
-
-    The scalar mode is the SVD of w as a matrix of one row, as in svdiff-pytorch.
-    """
-
-    direction: Tensor | None
-    dtype: torch.dtype
-    one_dim: ClassVar[bool] = True
-
-    def __init__(self, weight: Tensor | None, bias: Tensor | None, mode: str) -> None:
-        if weight is None:
-            raise SVDiffError("a norm without a weight (affine=False) has nothing to shift")
-        if not torch.isfinite(weight).all():
-            raise SVDiffError(f"cannot shift a norm weight of shape {tuple(weight.shape)}: it holds NaN or inf")
-        if mode not in ("vector", "scalar"):
-            raise SVDiffError(f"mode {mode!r} of a norm is not one of vector, scalar")
-        w = weight.detach().flatten().to(torch.promote_types(weight.dtype, torch.float32))
-        length = torch.linalg.vector_norm(w)[None]
-        super().__init__(w.clone() if mode == "vector" else length, bias)
-        self.form = mode
-        self.register_buffer("direction", w / length.clamp_min(1e-30) if mode == "scalar" else None)
-        self.dtype, self._weight_shape = weight.dtype, weight.shape
-
-    def gain(self) -> Tensor:
-        """`scale`."""
-        if self._bank is None and self.form == "vector":
-            return self.sigma + self.delta
-        return super().gain()
-
-    def gain_terms(self) -> tuple[Tensor, Tensor]:
-        """See `SpectralModule.gain_terms`."""
-        if self.form == "vector":
-            return self.sigma, torch.full_like(self.sigma, -torch.inf)
-        return super().gain_terms()
-
-    def _shifted(self, gain: Tensor) -> Tensor:
-        """The weight, at least in fp32: rounded to half precision it would lose its small shift."""
-        return gain if self.direction is None else gain * self.direction
-
-    def _affine(self, normed: Callable[[Tensor, Tensor | None, Tensor | None], Tensor], x: Tensor, dim: int) -> Tensor:
-        """``normed(x, weight, bias)`` in fp32; the weight, one per sample if they differ, runs along x's dim."""
-        weight = self._shifted(self.gain())
-        bias = None if self.bias is None else self.bias.to(weight.dtype)
-        wide = x.to(weight.dtype)
-        if weight.dim() == 1:
-            return normed(wide, weight.view(self._weight_shape), bias).to(x.dtype)
-        samples, y = len(weight), normed(wide, None, None)
-        if y.shape[0] % samples:
-            raise ValueError(f"a mix for {samples} samples, which do not split a batch of {y.shape[0]} evenly")
-        tail = [1] * (y.dim() - dim - len(self._weight_shape))
-        of_weight = [1] * (dim - 1) + [*self._weight_shape, *tail]
-        y = y * weight.repeat_interleave(y.shape[0] // samples, 0).view(-1, *of_weight)
-        return (y if bias is None else y + bias.view(*of_weight)).to(x.dtype)
-
-    @property
-    def weight(self) -> Tensor:
-        """The shifted weight, in the dtype of the model."""
-        return self._shifted(self.one_gain()).view(self._weight_shape).to(self.dtype)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.sigma.device)).dtype
-        return super()._apply(fn, recurse)
-
-    def _merge_into(self, plain: nn.Module) -> Any:
-        plain.weight = nn.Parameter(self.weight.detach().clone(), requires_grad=False)
-        if self.bias is not None:
-            plain.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
-        return plain.train(self.training)
-
-
-class SpectralLayerNorm(_SpectralVector):
-    """Stands in for `nn.LayerNorm`; only its weight moves."""
-
-    def __init__(self, module: nn.LayerNorm, mode: str) -> None:
-        super().__init__(module.weight, module.bias, mode)
-        self.normalized_shape, self.eps = module.normalized_shape, module.eps
-
-    @classmethod
-    def from_module(cls, module: nn.LayerNorm, mode: str = "vector") -> SpectralLayerNorm:
-        """The spectral version of a layer norm; mode is "vector" (one number each) or "scalar" (one in all)."""
-        return cls(module, mode)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Same shape and dtype as x."""
-        shape, eps = self.normalized_shape, self.eps
-        return self._affine(lambda x, w, b: F.layer_norm(x, shape, w, b, eps), x, x.dim() - len(shape))
-
-    def merge(self) -> nn.LayerNorm:
-        """A plain layer norm with the shifted weight."""
-        plain = nn.LayerNorm(self.normalized_shape, self.eps, bias=self.bias is not None, device="meta")
-        return self._merge_into(plain)
-
-
-class SpectralGroupNorm(_SpectralVector):
-    """Stands in for `nn.GroupNorm`; only its weight moves."""
-
-    def __init__(self, module: nn.GroupNorm, mode: str) -> None:
-        super().__init__(module.weight, module.bias, mode)
-        self.num_groups, self.num_channels, self.eps = module.num_groups, module.num_channels, module.eps
-
-    @classmethod
-    def from_module(cls, module: nn.GroupNorm, mode: str = "vector") -> SpectralGroupNorm:
-        """The spectral version of a group norm; mode is "vector" (one number each) or "scalar" (one in all)."""
-        return cls(module, mode)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Same shape and dtype as x."""
-        return self._affine(lambda x, w, b: F.group_norm(x, self.num_groups, w, b, self.eps), x, 1)
-
-    def merge(self) -> nn.GroupNorm:
-        """A plain group norm with the shifted weight."""
-        return self._merge_into(nn.GroupNorm(self.num_groups, self.num_channels, self.eps, device="meta"))

@@ -122,8 +122,13 @@ def linear_backward(
     """See `ops.linear_backward`."""
     dz, dscale = ops.expand_backward(dy, kept, U, scale, need_dx)
     if scaled and kept is not None:
-        dscale = torch.where(scale > 0, dscale / scale, 0)
+        dscale = unscaled(dscale, scale)
     return ops.frozen_linear(dz, Vh.T, alpha=alpha) if need_dx else dz, dscale
+
+
+def unscaled(sums: Tensor, scale: Tensor) -> Tensor:
+    """dscale ``[S, r]`` from the column sums of a scaled z; zero where the scale is not positive: see `ops.linear`."""
+    return torch.where(scale > 0, sums / scale, 0)
 
 
 def linear_group(

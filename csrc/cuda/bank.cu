@@ -10,7 +10,7 @@ namespace {
 constexpr int kThreads = 256;
 
 // One thread a number, blockIdx.y a sample: all told a model has a megabyte of shifts, so launches are what costs.
-__global__ void __launch_bounds__(kThreads) gain_kernel(const GainParams p) {
+__global__ void __launch_bounds__(kThreads) gains_kernel(const GainsParams p) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= p.R) {
     return;
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads) gain_kernel(const GainParams p) {
 }
 
 // One thread a number, blockIdx.y an adapter.
-__global__ void __launch_bounds__(kThreads) gain_backward_kernel(const GainBackwardParams p) {
+__global__ void __launch_bounds__(kThreads) gains_backward_kernel(const GainsBackwardParams p) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= p.R) {
     return;
@@ -61,12 +61,12 @@ cudaError_t launch_over(void (*kernel)(Params), int64_t rows, const Params& para
 
 }  // namespace
 
-cudaError_t gain(const GainParams& params, cudaStream_t stream) {
-  return launch_over(gain_kernel, params.S, params, stream);
+cudaError_t gains(const GainsParams& params, cudaStream_t stream) {
+  return launch_over(gains_kernel, params.S, params, stream);
 }
 
-cudaError_t gain_backward(const GainBackwardParams& params, cudaStream_t stream) {
-  return launch_over(gain_backward_kernel, params.count, params, stream);
+cudaError_t gains_backward(const GainsBackwardParams& params, cudaStream_t stream) {
+  return launch_over(gains_backward_kernel, params.count, params, stream);
 }
 
 }  // namespace svdiff::cuda

@@ -17,7 +17,7 @@ struct Deltas {
 
 // sum = start + the sum over adapters of mix[s, a] * delta_a; then, unless floor is null, held = sum <= floor and
 // gain = held ? floor : sum. More than kMostAdapters take several launches, of which the last has a floor.
-struct GainParams {
+struct GainsParams {
   const float* start;  // [S, R] by stride_ss: base, with stride 0, or the gain of the launch before
   const float* floor;  // [R], or null
   const float* mix;    // [S, adapters] by stride_ms, from the first of these adapters on
@@ -28,10 +28,10 @@ struct GainParams {
   Deltas deltas[kMostAdapters];
 };
 
-cudaError_t gain(const GainParams& params, cudaStream_t stream);
+cudaError_t gains(const GainsParams& params, cudaStream_t stream);
 
 // ddelta[i] [R] = the sum over samples of mix[s, adapters[i]] * dgain[s], where it is not held.
-struct GainBackwardParams {
+struct GainsBackwardParams {
   const float* dgain;  // [S, R]
   const bool* held;    // [S, R]
   const float* mix;    // [S, any number] by stride_ms
@@ -41,6 +41,6 @@ struct GainBackwardParams {
   int adapters[kMostAdapters];
 };
 
-cudaError_t gain_backward(const GainBackwardParams& params, cudaStream_t stream);
+cudaError_t gains_backward(const GainsBackwardParams& params, cudaStream_t stream);
 
 }  // namespace svdiff::cuda

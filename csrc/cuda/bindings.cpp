@@ -344,8 +344,8 @@ void check_mix(const Tensor& base, const Tensor& mix, int64_t R) {
   TORCH_CHECK_VALUE(base.size(-1) == R, "svdiff_cuda: shape ", base.sizes(), ", expected [", R, "]");
 }
 
-// (gain, held) of the bank's layers: see _Gains in svdiff_kernels/bank.py. deltas are two to an adapter.
-std::tuple<Tensor, Tensor> gain_of(const Tensor& base, const Tensor& floor, const Tensor& mix, at::TensorList deltas) {
+// See gains in svdiff_kernels/ops.py.
+std::tuple<Tensor, Tensor> gains_of(const Tensor& base, const Tensor& floor, const Tensor& mix, at::TensorList deltas) {
   const int64_t R = base.numel(), A = mix.size(-1), S = mix.dim() == 2 ? mix.size(0) : 1;
   check_mix(base, mix, R);
   TORCH_CHECK_VALUE(static_cast<int64_t>(deltas.size()) == 2 * A, "svdiff_cuda: ", deltas.size(),
@@ -367,7 +367,7 @@ std::tuple<Tensor, Tensor> gain_of(const Tensor& base, const Tensor& floor, cons
   auto size = mix.sizes().vec();
   size.back() = R;
   const Tensor gain = at::empty(size, base.options()), held = at::empty(size, base.options().dtype(at::kBool));
-  GainParams p{};
+  GainsParams p{};
   p.gain = gain.mutable_data_ptr<float>();
   p.held = held.mutable_data_ptr<bool>();
   p.S = S;
@@ -385,14 +385,14 @@ std::tuple<Tensor, Tensor> gain_of(const Tensor& base, const Tensor& floor, cons
     for (int64_t a = first; a < last; ++a) {
       p.deltas[a - first] = {kept[2 * a].const_data_ptr<float>(), kept[2 * a + 1].const_data_ptr<float>()};
     }
-    C10_CUDA_CHECK(cuda::gain(p, c10::cuda::getCurrentCUDAStream()));
+    C10_CUDA_CHECK(cuda::gains(p, c10::cuda::getCurrentCUDAStream()));
     first = last;
   } while (first < A);
   return {gain, held};
 }
 
-// d_delta [len(adapters), R] of the adapters that want one.
-Tensor gain_backward_of(const Tensor& dgain, const Tensor& held, const Tensor& mix, at::IntArrayRef adapters) {
+// See gains_backward in svdiff_kernels/ops.py.
+Tensor gains_backward_of(const Tensor& dgain, const Tensor& held, const Tensor& mix, at::IntArrayRef adapters) {
   const int64_t R = dgain.size(-1), count = static_cast<int64_t>(adapters.size());
   check_mix(dgain, mix, R);
   TORCH_CHECK_VALUE(held.sizes() == dgain.sizes(), "svdiff_cuda: held has shape ", held.sizes(), ", dgain ",
@@ -405,7 +405,7 @@ Tensor gain_backward_of(const Tensor& dgain, const Tensor& held, const Tensor& m
   const Scope scope(dgain.device());
   const Tensor d = dgain.contiguous(), mask = held.contiguous(), weights = mix.contiguous();
   const Tensor ddelta = at::empty({count, R}, dgain.options());
-  GainBackwardParams p{};
+  GainsBackwardParams p{};
   p.dgain = d.const_data_ptr<float>();
   p.held = mask.const_data_ptr<bool>();
   p.mix = weights.const_data_ptr<float>();
@@ -418,7 +418,7 @@ Tensor gain_backward_of(const Tensor& dgain, const Tensor& held, const Tensor& m
     for (int i = 0; i < p.count; ++i) {
       p.adapters[i] = static_cast<int>(adapters[first + i]);
     }
-    C10_CUDA_CHECK(cuda::gain_backward(p, c10::cuda::getCurrentCUDAStream()));
+    C10_CUDA_CHECK(cuda::gains_backward(p, c10::cuda::getCurrentCUDAStream()));
   }
   return ddelta;
 }
@@ -429,16 +429,16 @@ TORCH_LIBRARY(svdiff_cuda, m) {
   m.def("expand(Tensor z, Tensor U, Tensor scale, Tensor? bias, ScalarType? dtype) -> Tensor");
   m.def("expand_backward(Tensor dy, Tensor? z, Tensor U, Tensor scale, bool need_dz) -> (Tensor, Tensor)");
   m.def("project(Tensor x, Tensor Vh, Tensor scale, ScalarType? dtype=None, float alpha=1.0) -> Tensor");
-  m.def("gain(Tensor base, Tensor floor, Tensor mix, Tensor[] deltas) -> (Tensor, Tensor)");
-  m.def("gain_backward(Tensor dgain, Tensor held, Tensor mix, int[] adapters) -> Tensor");
+  m.def("gains(Tensor base, Tensor floor, Tensor mix, Tensor[] deltas) -> (Tensor, Tensor)");
+  m.def("gains_backward(Tensor dgain, Tensor held, Tensor mix, int[] adapters) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(svdiff_cuda, CUDA, m) {
   m.impl("expand", expand);
   m.impl("expand_backward", expand_backward);
   m.impl("project", project);
-  m.impl("gain", gain_of);
-  m.impl("gain_backward", gain_backward_of);
+  m.impl("gains", gains_of);
+  m.impl("gains_backward", gains_backward_of);
 }
 
 }  // namespace

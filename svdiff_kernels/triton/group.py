@@ -21,7 +21,7 @@ def linear_group(
     alpha: Sequence[float],
     scaled: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """``(y, kept)`` of every layer: see `linear.linear`, of which all but x come once for each."""
+    """See `ops.linear_group`; not in fp64."""
     (S, R), M = scale[0].shape, U[0].shape[0]
     U, scale, Vh = _alike(U), _alike(scale), _alike(Vh)
     y = [empty_rows_like(x, M) for _ in U]

@@ -112,18 +112,7 @@ def _linear_kernel(
 def linear(
     x: Tensor, U: Tensor, scale: Tensor, Vh: Tensor, bias: Tensor | None, alpha: float, scaled: bool
 ) -> tuple[Tensor, Tensor]:
-    """A whole layer, not in fp64: ``(y, kept)``.
-
-    Args:
-        x: ``[*, N]``, rows dense or columns dense, see `ops.expand`; y is laid out as x is.
-        U: ``[M, r]``.
-        scale: ``[S, r]`` in fp32; the samples split x's first dimension evenly, in order.
-        Vh: ``[r, N]``, in U's type.
-        bias: ``[M]``, or None.
-        alpha: a power of two that multiplies x before it is rounded to the factors' type.
-        scaled: whether kept, ``[*, r]`` in the factors' type, is ``scale * z``, or z. The former is made in the
-            epilogue of the projection, which leaves a plain product; the latter lets a gain of zero have a gradient.
-    """
+    """See `ops.linear`; not in fp64. x may have its columns dense (`ops.expand`): y and kept are laid out as x is."""
     (S, R), M = scale.shape, U.shape[0]
     xi, kept = as_images(x, S), empty_rows_like(x, R, Vh.dtype)
     ki = as_images(kept, S)

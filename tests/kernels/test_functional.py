@@ -12,7 +12,7 @@ from numerics import EXACT, HALF, HALF_FACTOR, LAYERS, Layer, relative
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from svdiff_kernels import decompose, functional, spectral_conv2d, spectral_embedding, spectral_linear
+from svdiff_kernels import decompose, scaled, spectral_conv2d, spectral_embedding, spectral_linear
 
 forms = pytest.mark.parametrize("residual", [False, True], ids=["factored", "residual"])
 layers = pytest.mark.parametrize("name", LAYERS)
@@ -37,7 +37,7 @@ def test_a_layer_in_one_call_gives_the_bits_of_its_parts(
 ) -> None:
     layer = LAYERS[name]()
     in_one = layer.run(layer.spectral, dtype, torch.float32, residual=False)
-    monkeypatch.setattr(functional, "_in_one_call", lambda alpha, bias: False)
+    monkeypatch.setattr(scaled, "_in_one_call", lambda alpha, bias: False)
     in_parts = layer.run(layer.spectral, dtype, torch.float32, residual=False)
     assert all(torch.equal(in_one[key], part) for key, part in in_parts.items())
 
@@ -77,7 +77,7 @@ def test_factors_in_fp16_lose_no_small_gradient(
     name: str, in_one_call: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not in_one_call:
-        monkeypatch.setattr(functional, "_in_one_call", lambda alpha, bias: False)
+        monkeypatch.setattr(scaled, "_in_one_call", lambda alpha, bias: False)
     layer = LAYERS[name]()
     way = spectral_linear if layer.kind == "linear" else spectral_conv2d
     run = torch.compile(way, fullgraph=True, backend="aot_eager") if compiled else way

@@ -9,7 +9,7 @@ import torch
 from numerics import relative
 from torch import Tensor, nn
 
-from svdiff_kernels import functional, ops
+from svdiff_kernels import backends, ops
 from svdiff_kernels.nn import SpectralLinear, linears
 
 
@@ -35,7 +35,7 @@ def test_each_as_if_alone(how: dict[str, Any], grouped: bool, monkeypatch: pytes
     for layer in made:
         layer.delta.grad = None
     if grouped:
-        monkeypatch.setattr(functional.backends, "fuses", lambda kind: True)
+        monkeypatch.setattr(backends, "fuses", lambda kind: True)
     together = outcome(linears(x, made), x, made)
     for one, other in zip(together, alone, strict=True):
         assert relative(one, other) <= 1e-5
@@ -50,7 +50,7 @@ def test_opcheck() -> None:
 
 
 def test_factors_are_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functional.backends, "fuses", lambda kind: True)
+    monkeypatch.setattr(backends, "fuses", lambda kind: True)
     made = layers()
     made[2].Vh.requires_grad_()
     with pytest.raises(ValueError, match="Vh"):

@@ -10,8 +10,8 @@ import torch
 from numerics import relative
 from torch import Tensor, nn
 
-from svdiff_kernels import functional
 from svdiff_kernels import nn as snn
+from svdiff_kernels import scaled
 
 BF16, F16 = torch.bfloat16, torch.float16
 EPS = torch.finfo(BF16).eps
@@ -19,7 +19,7 @@ EPS = torch.finfo(BF16).eps
 
 @pytest.fixture(autouse=True)
 def _like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (snn, functional):
+    for module in (snn, scaled):
         monkeypatch.setattr(module, "factor_dtype", lambda dtype, device: F16 if dtype == BF16 else dtype)
 
 

@@ -39,6 +39,11 @@ def test_registers_suffice(kernels: list[Kernel]) -> None:
         assert not k.instructions.get("STL") and not k.instructions.get("LDL"), k
 
 
+def test_no_sum_depends_on_the_order_of_blocks(kernels: list[Kernel]) -> None:
+    for k in kernels:
+        assert not k.instructions.keys() & set(toolchain.ATOMICS), k
+
+
 @needs_cutlass
 @pytest.mark.parametrize("source", build.GEMMS)
 def test_gemms_use_tensor_cores_and_tma(source: str, kernels: list[Kernel]) -> None:

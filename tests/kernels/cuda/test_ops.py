@@ -6,10 +6,9 @@ then loops that keep to the contract of gemm.h: what CUTLASS makes of it only a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
+from kernels.cases import BF16, F16, F32, ROWS, TYPES, Case, bound, by_rows, cases
 from numerics import EXACT, relative
 from torch import Tensor
 
@@ -18,73 +17,9 @@ from svdiff_kernels.bank import _Gains
 
 pytestmark = pytest.mark.timeout(900)  # the first test compiles the emulated device
 
-F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-# Of z and U, and of y.
-TYPES = [(F32, F32), (F16, F16), (BF16, BF16), (F16, BF16), (BF16, F32)]
-# (leading dimensions, S, columns dense)
-ROWS = [
-    ((0,), 1, False),
-    ((1,), 1, False),
-    ((131,), 1, False),
-    ((3, 29), 1, False),
-    ((6, 5), 3, False),
-    ((7,), 7, False),
-    ((0, 5), 1, True),
-    ((2, 71), 1, True),
-    ((4, 7), 2, True),
-    ((1, 264), 1, True),
-    ((3, 8), 3, True),
-]
+ALL_TYPES = [*TYPES, (BF16, F32)]
+ALL_ROWS = [*ROWS, ((0, 5), 1, True), ((1, 264), 1, True), ((3, 8), 3, True)]
 SIZES = [(70, 1), (1, 9), (29, 17), (24, 40)]  # (M, r); the last is aligned
-
-
-@dataclass
-class Case:
-    """Arguments of the op, and what fp64 makes of them."""
-
-    z: Tensor
-    U: Tensor
-    scale: Tensor
-    bias: Tensor
-    dy: Tensor
-
-    @classmethod
-    def make(
-        cls, lead: tuple[int, ...], S: int, columns: bool, M: int, R: int, kept: torch.dtype, out: torch.dtype
-    ) -> Case:
-        def rows(width: int, dtype: torch.dtype) -> Tensor:
-            t = torch.randn(*lead, width).to(dtype)
-            return t.transpose(1, 2).contiguous().transpose(1, 2) if columns else t
-
-        scale = torch.rand(S, R)
-        scale[:, R // 2] = 0
-        return cls(rows(R, kept), (torch.randn(M, R) * R**-0.5).to(kept), scale, torch.randn(M).to(out), rows(M, out))
-
-    def truth(self) -> tuple[Tensor, Tensor, Tensor]:
-        z, U, scale, bias, dy = (t.double() for t in (self.z, self.U, self.scale, self.bias, self.dy))
-        rows = scale.repeat_interleave(z.shape[:-1].numel() // len(scale), 0).view(z.shape)
-        b = dy @ U
-        dscale = (z * b).reshape(len(scale), z.shape[:-1].numel() // len(scale), z.shape[-1]).sum(1)
-        return (z * rows) @ U.T + bias, rows * b, dscale
-
-    def to(self, device: str, *, fused: bool = True) -> Case:
-        """The same with NaN around every tensor, for a kernel to read if it reads too far.
-
-        Not fused, U does not start where TMA could read it.
-        """
-        tensors = (t.to(device) for t in (self.z, self.U, self.scale, self.bias, self.dy))
-        z, U, *rest = (_in_nan(t) for t in tensors)
-        return Case(z, U if fused else _in_nan(U, 65), *rest)
-
-
-def _in_nan(t: Tensor, start: int = 64) -> Tensor:
-    buffer = torch.full((t.numel() + 129,), float("nan"), dtype=t.dtype, device=t.device)
-    return buffer.as_strided(t.shape, t.stride(), start).copy_(t)
-
-
-def bound(kept: torch.dtype, out: torch.dtype) -> float:
-    """Sums are taken in fp32, so that the rounding of the scaled rows and of the result is all there is."""
-    return EXACT[F32] if kept == F32 else max(torch.finfo(t).eps for t in (kept, out))
 
 
 @pytest.fixture(autouse=True)
@@ -95,21 +30,13 @@ def _poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-def _cases(types):
-    return pytest.mark.parametrize(
-        ("lead", "S", "columns", "M", "R", "kept", "out"),
-        [(*row, *size, *pair) for row in ROWS for size in SIZES for pair in types],
-        ids=lambda value: str(value).removeprefix("torch."),
-    )
-
-
 fused = pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 
 
 @fused
-@_cases(TYPES)
+@cases("M R", SIZES, rows=ALL_ROWS, types=ALL_TYPES)
 def test_forward(lead, S, columns, M, R, kept, out, fused, cuda) -> None:
-    case = Case.make(lead, S, columns, M, R, kept, out).to(cuda.device, fused=fused)
+    case = Case.make(lead, S, columns, M, R, kept, out).to(cuda.device, aligned=fused)
     y = cuda("expand", case.z, case.U, case.scale, case.bias, out)
     assert y.dtype == out and y.shape == (*lead, M) and ops.columns_dense(y) == ops.columns_dense(case.z)
     assert relative(y, case.truth()[0]) <= bound(kept, out)
@@ -117,9 +44,9 @@ def test_forward(lead, S, columns, M, R, kept, out, fused, cuda) -> None:
 
 
 @fused
-@_cases(TYPES[:3])
+@cases("M R", SIZES, rows=ALL_ROWS, types=TYPES[:3])
 def test_backward(lead, S, columns, M, R, kept, out, fused, cuda) -> None:
-    case = Case.make(lead, S, columns, M, R, kept, out).to(cuda.device, fused=fused)
+    case = Case.make(lead, S, columns, M, R, kept, out).to(cuda.device, aligned=fused)
     _, dz, dscale = case.truth()
     got_dz, got_dscale = cuda("expand_backward", case.dy, case.z, case.U, case.scale, True)
     assert got_dz.dtype == out and got_dz.shape == (*lead, R)
@@ -132,10 +59,10 @@ def test_backward(lead, S, columns, M, R, kept, out, fused, cuda) -> None:
 
 @fused
 @pytest.mark.parametrize(("kept", "out"), TYPES[:3], ids=str)
-@pytest.mark.parametrize(("lead", "S", "columns"), ROWS[3:], ids=str)
+@pytest.mark.parametrize(("lead", "S", "columns"), ALL_ROWS[3:], ids=str)
 @pytest.mark.parametrize(("M", "R"), SIZES[2:], ids=str)
 def test_only_what_is_wanted_is_computed(lead, S, columns, M, R, kept, out, fused, cuda) -> None:
-    case = Case.make(lead, S, columns, M, R, kept, out).to(cuda.device, fused=fused)
+    case = Case.make(lead, S, columns, M, R, kept, out).to(cuda.device, aligned=fused)
     dz, dscale = cuda("expand_backward", case.dy, case.z, case.U, case.scale, True)
     only_dz, nothing = cuda("expand_backward", case.dy, None, case.U, case.scale, True)
     assert nothing.numel() == 0 and relative(only_dz, dz) <= bound(kept, out)
@@ -182,19 +109,20 @@ def test_large(lead, S, columns, R, kept, cuda) -> None:
     assert relative(cuda("expand", case.z, case.U, case.scale, case.bias, kept), y) <= bound(kept, kept)
     got_dz, got_dscale = cuda("expand_backward", case.dy, case.z, case.U, case.scale, True)
     assert relative(got_dz, dz) <= bound(kept, kept) and relative(got_dscale, dscale) <= EXACT[F32]
+    assert torch.equal(cuda("expand_backward", case.dy, case.z, case.U, case.scale, True)[1], got_dscale)
 
 
 @fused
-@pytest.mark.parametrize(("kept", "out"), [*TYPES, (BF16, F16), (F32, F16)], ids=str)
-@pytest.mark.parametrize(("lead", "S"), [row[:2] for row in ROWS if not row[2]], ids=str)
+@pytest.mark.parametrize(("kept", "out"), [*ALL_TYPES, (BF16, F16), (F32, F16)], ids=str)
+@pytest.mark.parametrize(("lead", "S"), [row[:2] for row in ALL_ROWS if not row[2]], ids=str)
 @pytest.mark.parametrize(("R", "N"), SIZES, ids=str)
 def test_project(lead, S, R, N, kept, out, fused, cuda) -> None:
-    case = Case.make(lead, S, False, N, R, kept, out).to(cuda.device, fused=fused)
+    case = Case.make(lead, S, False, N, R, kept, out).to(cuda.device, aligned=fused)
     x, Vh = torch.randn(*lead, N, device=cuda.device).to(kept), case.U.T
-    rows = case.scale.double().repeat_interleave(x.shape[:-1].numel() // S, 0).view(*lead, R)
     y = cuda("project", x, Vh, case.scale, out, 0.25)
     assert y.dtype == out
-    assert relative(y, 0.25 * rows * (x.double() @ Vh.double().T)) <= EXACT.get(out, torch.finfo(out).eps)
+    truth = 0.25 * by_rows(case.scale.double(), y) * (x.double() @ Vh.double().T)
+    assert relative(y, truth) <= EXACT.get(out, torch.finfo(out).eps)
 
 
 @pytest.mark.parametrize(
@@ -288,7 +216,7 @@ def test_gains(A, S, R, split, cuda) -> None:
         with torch.no_grad():
             delta[:1] = 0
     want = _Gains.apply(base, floor, mix, *deltas) if A else base.expand(*mix.shape[:-1], R)
-    gain, held = cuda("gain", base, floor, mix, [d.detach() for d in deltas])
+    gain, held = cuda("gains", base, floor, mix, [d.detach() for d in deltas])
     assert gain.shape == held.shape == want.shape and relative(gain, want.detach()) <= 1e-6
     assert torch.equal(held, gain <= floor) and (not A or held[..., 0].all())
     if not A:
@@ -296,7 +224,7 @@ def test_gains(A, S, R, split, cuda) -> None:
     dgain = torch.randn_like(gain)
     grads = torch.autograd.grad(want, deltas, dgain)
     adapters = [*range(0, A, 2)]
-    ddelta = cuda("gain_backward", dgain, held, mix, adapters)
+    ddelta = cuda("gains_backward", dgain, held, mix, adapters)
     assert ddelta.shape == (len(adapters), R)
     for row, a in zip(ddelta, adapters, strict=True):
         assert relative(row, torch.cat(grads[2 * a : 2 * a + 2])) <= 1e-6
@@ -304,7 +232,7 @@ def test_gains(A, S, R, split, cuda) -> None:
 
 def test_a_gain_that_is_no_number_stays_one(cuda) -> None:
     base = torch.tensor([float("nan"), 1.0], device=cuda.device)
-    gain, held = cuda("gain", base, torch.zeros_like(base), base.new_zeros(0), [])
+    gain, held = cuda("gains", base, torch.zeros_like(base), base.new_zeros(0), [])
     assert gain[0].isnan() and not held.any()
 
 
@@ -315,11 +243,11 @@ def test_a_graph_captures_all_of_it(cuda) -> None:
 
     def step() -> tuple[Tensor, ...]:
         mix = torch.ones(1, device="cuda")
-        gain, held = cuda("gain", base, torch.zeros_like(base), mix, [delta[:40], delta[40:]])
+        gain, held = cuda("gains", base, torch.zeros_like(base), mix, [delta[:40], delta[40:]])
         scale = gain.view(2, 48)
         y = cuda("expand", case.z, case.U, scale, case.bias, F16)
         dz, dscale = cuda("expand_backward", case.dy, case.z, case.U, scale, True)
-        return y, dz, cuda("gain_backward", dscale.view(-1), held, mix, [0])
+        return y, dz, cuda("gains_backward", dscale.view(-1), held, mix, [0])
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

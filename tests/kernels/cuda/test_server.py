@@ -12,6 +12,8 @@ from numerics import EXACT, relative
 from svdiff_kernels import cuda as served
 from svdiff_kernels import reference
 
+pytestmark = pytest.mark.timeout(900)  # the first test compiles the emulated device, or waits for who does
+
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 
 
@@ -20,7 +22,7 @@ def device(cuda: Any) -> Iterator[str]:
     """Where to put tensors; without a GPU the emulated kernels are what the CPU has for these ops."""
     library = torch.library.Library("svdiff_cuda", "IMPL")
     if cuda.device == "cpu":
-        for name in ("expand", "expand_backward", "project", "gain", "gain_backward"):
+        for name in ("expand", "expand_backward", "project", "gains", "gains_backward"):
             library.impl(name, lambda *arguments, name=name: cuda(name, *arguments), "CPU")
     yield cuda.device
     library._destroy()

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import platformdirs
 import torch
+from filelock import FileLock
 
 from csrc.cuda import build
 
@@ -33,7 +34,9 @@ CACHE = platformdirs.user_cache_path("svdiff-kernels") / "tests"
 ARCHITECTURES = ("8.0", "9.0a", "10.0a")
 _KEEP = 30 * 24 * 3600  # seconds since it was last wanted
 JOBS = 2  # a source with CUTLASS takes 5 GB
-_INSTRUCTIONS = ("HGMMA", "UTCHMMA", "UTMALDG", "UTMASTG", "LDG.E.128", "STG.E.128", "STL", "LDL")
+# Those that add up in whatever order they come. (ATOMS.OR, by which CUTLASS allots tensor memory, does not.)
+ATOMICS = ("ATOM", "ATOMG", "RED", "REDG", "UTMAREDG", "ATOMS.ADD", "ATOMS.CAS", "ATOMS.CAST")
+_INSTRUCTIONS = ("HGMMA", "UTCHMMA", "UTMALDG", "UTMASTG", "LDG.E.128", "STG.E.128", "STL", "LDL", *ATOMICS)
 _HOST_FLAGS = ("-std=c++20", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-fno-strict-aliasing")
 
 
@@ -133,7 +136,7 @@ def _read(source: str, architecture: str, usage: str, code: str) -> Iterable[Ker
     bodies = dict(zip(*[iter(re.split(r"Function : (\S+)", code)[1:])] * 2, strict=True))
     for name, registers, stack in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage):
         body = bodies[name]
-        counts = Counter({i: len(re.findall(rf"\b{re.escape(i)}\b", body)) for i in _INSTRUCTIONS})
+        counts = Counter({i: len(re.findall(rf"(?<![.\w]){re.escape(i)}\b", body)) for i in _INSTRUCTIONS})
         yield Kernel(source, architecture, name, int(registers), int(stack), dict(+counts))
 
 
@@ -165,15 +168,16 @@ def _cached(name: str, flags: Iterable[str], depends: Iterable[Path], make: Call
     for path in sorted(depends):
         key.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
     kept = CACHE / f"{key.hexdigest()[:32]}-{name}"
-    if kept.exists():
-        kept.touch()
-    else:
-        CACHE.mkdir(parents=True, exist_ok=True)
-        for old in CACHE.glob(f"*-{name}"):
-            if time.time() - old.stat().st_mtime > _KEEP:
-                old.unlink(missing_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            made = Path(folder) / name
-            make(made)
-            os.replace(made, kept)  # at once, for another run may want it too
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{kept}.lock"):  # tests run two at a time
+        if kept.exists():
+            kept.touch()
+        else:
+            for old in CACHE.glob(f"*-{name}*"):
+                if time.time() - old.stat().st_mtime > _KEEP:
+                    old.unlink(missing_ok=True)
+            with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+                made = Path(folder) / name
+                make(made)
+                os.replace(made, kept)  # whole or not at all
     return kept

@@ -10,7 +10,7 @@ import re
 import subprocess
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from svdiff_kernels.triton import bank, expand, linear, product
 
 ARCHITECTURES = (80, 90, 100)
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-_INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "fma.rn.f32")
+_INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "tf32", "fma.rn.f32")
+_ATOMICS = r"(?<![.\w])(?:atom|red|cp\.reduce)\."
 _ALIGNED = [["tt.divisibility", 16]]
 _UNALIGNED = ("P", "P_bucket", "S", "images")
 """Integers that of real layers are not multiples of 16."""
@@ -55,6 +56,11 @@ class Variant:
     def full(self) -> bool:
         """Is it of fp32?"""
         return self.types[1] == "fp32"
+
+    @property
+    def precision(self) -> str:
+        """How fp32 is multiplied, "ieee" or "tf32"; nothing where it is not."""
+        return self.constants.get("PRECISION", "") if self.full else ""
 
 
 def variants() -> list[Variant]:
@@ -121,26 +127,34 @@ def variants() -> list[Variant]:
     add("gains", bank._gains_kernel, (*("fp32",) * 6, "i1"), constants, ("stride_ma",), ARCHITECTURES, 3)
     types, constants = ("fp32", "i1", "fp32", "fp32"), {"BLOCK": bank.BLOCK}
     add("gradient of gains", bank._gains_bwd_kernel, types, constants, ("stride_dr",))
-    return found
+    in_tf32 = (
+        replace(v, name=f"{v.name}, tf32", constants=v.constants | {"PRECISION": "tf32"}) for v in found if v.precision
+    )
+    return [*found, *in_tf32]
 
 
 @dataclass(frozen=True)
 class Compiled:
     """What became of a variant with one tile on an architecture: bytes of stack and shared memory, stores by spills.
 
-    copies: which read ahead of the products, from memory into shared memory.
+    Attributes:
+        precision: see `Variant.precision`.
+        instructions: which of those that multiply there are.
+        copies: how many read ahead of the products, from memory into shared memory.
+        atomics: how many add to memory in whatever order programs come.
     """
 
     variant: str
     architecture: int
     tile: dict[str, int]
-    full: bool
+    precision: str
     registers: int
     stack: int
     spills: int
     shared: int
     instructions: list[str]
     copies: int
+    atomics: int
 
 
 def tiles(variant: Variant) -> list[triton.Config]:
@@ -184,24 +198,26 @@ def compile_for(name: str, index: int, architecture: int) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage, code = (
-            subprocess.run([_CUOBJDUMP, what, file.name], capture_output=True, text=True, check=True).stdout
-            for what in ("-res-usage", "-sass")
-        )
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+        registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", _dump("-res-usage", file.name)).groups())
+        code = _dump("-sass", file.name) if stack else ""  # seconds, and registers are spilled to the stack alone
     instructions = [i for i in _INSTRUCTIONS if i in kernel.asm["ptx"]]
     return Compiled(
         variant=name,
         architecture=architecture,
         tile=tile.kwargs,
-        full=variant.full,
+        precision=variant.precision,
         registers=registers,
         stack=stack,
         spills=len(re.findall(r"\bSTL\b", code)),
         shared=kernel.metadata.shared,
         instructions=instructions,
         copies=kernel.asm["ptx"].count("cp.async.c"),
+        atomics=len(re.findall(_ATOMICS, kernel.asm["ptx"])),
     )
+
+
+def _dump(what: str, file: str) -> str:
+    return subprocess.run([_CUOBJDUMP, what, file], capture_output=True, text=True, check=True).stdout
 
 
 def main() -> None:

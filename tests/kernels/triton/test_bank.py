@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from kernels.triton.cases import in_nan
+from kernels.cases import in_nan
 from numerics import EXACT, relative
 from torch import Tensor
 

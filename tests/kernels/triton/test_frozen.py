@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernels.triton.cases import BF16, F16, F32
+from kernels.cases import BF16, F16, F32
 from numerics import EXACT, relative
 
 from svdiff_kernels.triton.frozen import frozen_linear

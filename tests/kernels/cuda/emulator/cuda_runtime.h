@@ -1,7 +1,8 @@
 // Stands in for CUDA's header of this name, so that g++ compiles a .cu file and the CPU runs its kernels.
 //
 // A block's threads are fibers that take turns: each runs until it must wait for the others. As all threads that are left
-// wait equally often, a turn of all of them is a barrier. Shared memory is what is static.
+// wait equally often, a turn of all of them is a barrier. Shared memory is what is static. Blocks come in an order that is
+// new in every launch, and so do threads in every turn: what depends on it gives other bits the second time.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -10,6 +11,8 @@
 #include <algorithm>
 #include <functional>
 #include <memory>
+#include <numeric>
+#include <random>
 #include <vector>
 
 #undef __global__
@@ -41,6 +44,14 @@ inline ucontext_t scheduler;
 inline std::vector<Fiber> fibers;
 inline Fiber* current;
 inline const std::function<void()>* body;
+inline std::mt19937 chance;
+
+inline std::vector<unsigned> in_any_order(unsigned count) {
+  std::vector<unsigned> order(count);
+  std::iota(order.begin(), order.end(), 0u);
+  std::shuffle(order.begin(), order.end(), chance);
+  return order;
+}
 
 inline void wait() { swapcontext(&current->context, &scheduler); }
 
@@ -63,7 +74,7 @@ inline void run_block(const std::function<void()>& thread) {
   }
   for (bool left = true; left;) {
     left = false;
-    for (unsigned t = 0; t < count; ++t) {
+    for (const unsigned t : in_any_order(count)) {
       if (!fibers[t].done) {
         current = &fibers[t];
         threadIdx = {t % blockDim.x, t / blockDim.x % blockDim.y, t / blockDim.x / blockDim.y};
@@ -99,12 +110,9 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Params), dim3 grid, dim3 block, void
   const Params params = *static_cast<const Params*>(arguments[0]);
   gridDim = grid;
   blockDim = block;
-  for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z) {
-    for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y) {
-      for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
-        emulator::run_block([&] { kernel(params); });
-      }
-    }
+  for (const unsigned block : emulator::in_any_order(grid.x * grid.y * grid.z)) {
+    blockIdx = {block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y};
+    emulator::run_block([&] { kernel(params); });
   }
   return cudaSuccess;
 }
