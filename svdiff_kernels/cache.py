@@ -102,6 +102,13 @@ class FactorCache:
         """
         return next(factors for _, factors in self._get([self._wanted("", weight, rank, content)]))
 
+    def sigma(self, weight: Tensor, rank: int | None = None, *, content: str | None = None) -> Tensor | None:
+        """The singular values of a weight alone, unchecked, or None if they are not there; arguments as of `get`."""
+        try:
+            return objects.read_sigma(self._wanted("", weight, rank, content).path)
+        except _DAMAGED:
+            return None
+
     def get_many(
         self, weights: Mapping[str, Tensor], rank: int | None = None, progress: bool = False
     ) -> dict[str, Factors]:
@@ -167,6 +174,14 @@ class FactorCache:
                 total -= status.st_size
                 freed += status.st_size
         return freed
+
+    def entries(self) -> list[tuple[Path, dict[str, str]]]:
+        """Every object with its metadata (see `objects.describe`), the last used first; damaged ones are left out."""
+        found = []
+        for path in sorted(self._objects(), key=lambda path: path.stat().st_mtime_ns, reverse=True):
+            with suppress(*_DAMAGED):
+                found.append((path, objects.describe(path)))
+        return found
 
     def size(self) -> tuple[int, int]:
         """``(objects, bytes)`` on disk."""

@@ -64,6 +64,8 @@ class Factors:
 
 
 def _moved(t: Tensor, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
+    if t.is_meta:
+        return t.to(dtype=dtype)
     if device is None or not t.is_cpu or torch.device(device).type != "cuda":
         return t.to(device=device, dtype=dtype)
     return t.pin_memory().to(device, non_blocking=True).to(dtype)  # what is not pinned is waited for

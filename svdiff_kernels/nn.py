@@ -75,10 +75,33 @@ class _SpectralMatrix(SpectralModule):
         self.register_buffer("Vh", factors.Vh.unflatten(1, weight.shape[1:]))
         self.register_buffer("base", weight.detach() if form == "residual" else None)
         self.dtype = weight.dtype
+        self._load: Callable[[], Factors] | None = None
         self._apply(lambda t: t)  # brings the factors into the type that they are kept in
+
+    def defer(self, load: Callable[[], Factors]) -> None:
+        """Take U and Vh, on the meta device so far, from `load` when they are first needed."""
+        self._load = load
+
+    def ready(self) -> None:
+        """Have U and Vh at hand, if they were deferred.
+
+        Raises:
+            SVDiffError: what is loaded has other singular values than the layer was made with.
+        """
+        if self._load is None:
+            return
+        factors = self._load().to(self.sigma.device)
+        if not torch.equal(factors.sigma.to(self.sigma.dtype), self.sigma):
+            raise SVDiffError(
+                "the stored decomposition of a layer has changed since the model was attached: attach again"
+            )
+        self._load, self.alpha = None, 1.0
+        self.U, self.Vh = factors.U, factors.Vh.unflatten(1, self.Vh.shape[1:])
+        self._apply(lambda t: t)
 
     def factors(self) -> Factors:
         """``U diag(sigma) Vh`` of the unshifted weight, in the type that the layer keeps."""
+        self.ready()
         return Factors(self.U * self.alpha, self.sigma, self.Vh.flatten(1))
 
     @property
@@ -87,11 +110,12 @@ class _SpectralMatrix(SpectralModule):
         if torch.compiler.is_compiling():
             return self.recomposed_weight()  # dropped from the graph where only its dtype is asked for
         return LazyWeight.make(
-            self.U.new_empty(0, dtype=self.dtype), (self.U.shape[0], *self.Vh.shape[1:]), self.recomposed_weight
+            self.sigma.new_empty(0, dtype=self.dtype), (self.U.shape[0], *self.Vh.shape[1:]), self.recomposed_weight
         )
 
     def recomposed_weight(self) -> Tensor:
         """The shifted weight, as large as the original."""
+        self.ready()
         gain = self.one_gain()
         return recomposed_weight(self.U, gain, self.Vh, self.base, alpha=self.alpha, dtype=self.dtype)
 
@@ -102,7 +126,7 @@ class _SpectralMatrix(SpectralModule):
         return plain.train(self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        like = fn(self.U.new_empty(0, dtype=self.dtype))
+        like = fn(self.sigma.new_empty(0, dtype=self.dtype))
         self.dtype = like.dtype
         dtype = factor_dtype(like.dtype, like.device)
         finer = dtype != like.dtype and self.range_safe
@@ -111,8 +135,10 @@ class _SpectralMatrix(SpectralModule):
         self.alpha = alpha
 
         def convert(t: Tensor) -> Tensor:
-            out = fn(t)
             ratio = ratios.get(id(t))
+            if ratio is not None and self._load is not None:
+                return t
+            out = fn(t)
             if ratio is None or (ratio == 1 and out.dtype == dtype):
                 return out
             # Not of what fn returns, which may have lost bits that dtype can hold.
@@ -122,11 +148,13 @@ class _SpectralMatrix(SpectralModule):
         return super()._apply(convert, recurse)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self.ready()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.alpha != 1:
             destination[prefix + "U"] = self.U * self.alpha
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        self.ready()
         key = prefix + "U"
         if self.alpha != 1 and key in state_dict:
             state_dict = state_dict | {key: state_dict[key].float() / self.alpha}
@@ -181,6 +209,7 @@ class SpectralLinear(_SpectralMatrix):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[*, in_features]`` to ``[*, out_features]``."""
+        self.ready()
         run = recomposed_linear if self.form == "recomposed" else scaled_linear
         return run(x, self.U, self.gain(), self.Vh, self.bias, weight=self.base, alpha=self.alpha)
 
@@ -200,6 +229,8 @@ def linears(x: Tensor, layers: Sequence[SpectralLinear]) -> list[Tensor]:
     """
     if any(layer.form != "factored" for layer in layers):
         return [layer(x) for layer in layers]
+    for layer in layers:
+        layer.ready()
     U, Vh, bias = [layer.U for layer in layers], [layer.Vh for layer in layers], [layer.bias for layer in layers]
     gains, alpha = [layer.gain() for layer in layers], [layer.alpha for layer in layers]
     return scaled_linears(x, U, gains, Vh, bias, alpha=alpha)
@@ -230,6 +261,7 @@ class SpectralConv2d(_SpectralMatrix):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C_in, H, W]`` to ``[B, C_out, H', W']``, or both without B."""
+        self.ready()
         padding = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._padding_around, mode=self.padding_mode), 0
@@ -282,6 +314,7 @@ class SpectralEmbedding(_SpectralMatrix):
 
     def forward(self, ids: Tensor) -> Tensor:
         """``[*]`` integers to ``[*, embedding_dim]``."""
+        self.ready()
         how: Any = {"padding_idx": self.padding_idx, "dtype": self.dtype}
         if self.form == "recomposed":
             return recomposed_embedding(ids, self.U, self.gain(), self.Vh, **how)

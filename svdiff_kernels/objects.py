@@ -108,6 +108,14 @@ def read_sigma(path: Path) -> Tensor:
         return sigma
 
 
+def describe(path: Path) -> dict[str, str]:
+    """The metadata of an object, and its dtype, without reading it through; errors as of `read`."""
+    with safe_open(path, framework="pt") as file:
+        metadata = dict(file.metadata() or {})
+        _check_version(metadata)
+        return metadata | {"dtype": file.get_slice("U").get_dtype()}
+
+
 def check(path: Path) -> dict[str, str]:
     """The metadata of an object, read through; errors as of `read`."""
     return _read(path)[1]

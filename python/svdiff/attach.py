@@ -35,6 +35,7 @@ def attach(
     one_dim: OneDim = "vector",
     cache: FactorCache | bool | None = None,
     text_encoder: bool = False,
+    lazy: bool = False,
 ) -> Adapter:
     """Give a model's layers spectral shifts: one trainable, active adapter "default", at zero.
 
@@ -51,6 +52,8 @@ def attach(
         one_dim: weights of norms as vectors, as one scalar each (svdiff-pytorch's way), or not at all ("none").
         cache: where decompositions are kept; None or True is the user's cache, False is none.
         text_encoder: of a pipeline, take the text encoders too.
+        lazy: let each layer load what the cache has of it when it first computes, instead of now; its weight stays in
+            memory until then. What the cache lacks is decomposed now.
 
     Raises:
         SVDiffError: the model has spectral or PEFT layers already, `targets` matches nothing, or a weight holds NaN or
@@ -76,7 +79,7 @@ def attach(
     layouts = {
         role: layout_of(modules, rank=rank, one_dim=one_dim, base_model=base_model) for role, modules in chosen.items()
     }
-    return _attach(models, chosen, layouts, form, cache)
+    return _attach(models, chosen, layouts, form, cache, lazy)
 
 
 def load(
@@ -85,6 +88,7 @@ def load(
     *,
     form: Form = "auto",
     cache: FactorCache | bool | None = None,
+    lazy: bool = False,
 ) -> Adapter:
     """Attach just what a delta file needs, and load the file as the active adapter "default".
 
@@ -93,6 +97,7 @@ def load(
         path: a folder with delta files, or the denoiser's file; svdiff-pytorch's files will do.
         form: see `attach`.
         cache: see `attach`.
+        lazy: see `attach`.
 
     Raises:
         SVDiffError: no file, a damaged one, or one for another base. The model is then as it was.
@@ -115,7 +120,7 @@ def load(
             chosen[role], rank=_rank_of(file), one_dim=_one_dim_of(file, possible), base_model=base_model
         )
         deltas[role] = file.for_layout(layouts[role])  # before decomposing for nothing
-    adapter = _attach(models, chosen, layouts, form, cache)
+    adapter = _attach(models, chosen, layouts, form, cache, lazy)
     adapter.load_deltas(deltas)
     return adapter
 
@@ -126,6 +131,7 @@ def _attach(
     layouts: Mapping[str, Layout],
     form: str,
     cache: FactorCache | bool | None,
+    lazy: bool,
 ) -> Adapter:
     if form not in get_args(Form):
         raise SVDiffError(f"form {form!r} is not one of {', '.join(get_args(Form))}")
@@ -136,8 +142,16 @@ def _attach(
         for role, modules in chosen.items():
             layout = layouts[role]
             _check_plain(models[role])
-            factors_of = partial(_factors_of, store=store, layout=layout)
-            part = AttachedModel(role, models[role], modules, layout, form=form, factors_of=factors_of, lot=lot)
+            part = AttachedModel(
+                role,
+                models[role],
+                modules,
+                layout,
+                form=form,
+                factors_of=partial(_factors_of, store=store, layout=layout),
+                sigmas_of=partial(_sigmas_of, store=store if lazy else None, layout=layout),
+                lot=lot,
+            )
             attached.append(part)
     except BaseException:
         for part in attached:
@@ -156,6 +170,14 @@ def _factors_of(
     paths = list(weights)
     for i, factors in decomposed(list(weights.values()), layout.rank, names=paths):
         yield paths[i], factors
+
+
+def _sigmas_of(weights: Mapping[str, Tensor], *, store: FactorCache | None, layout: Layout) -> dict[str, Tensor]:
+    """Of those weights that the store has."""
+    if store is None:
+        return {}
+    found = {path: store.sigma(w, layout.rank, content=layout.hashes[path]) for path, w in weights.items()}
+    return {path: sigma for path, sigma in found.items() if sigma is not None}
 
 
 def _models_of(model_or_pipeline: Any) -> dict[str, nn.Module]:

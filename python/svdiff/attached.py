@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 from svdiff_kernels import Bank, Factors, SVDiffError
 from svdiff_kernels import nn as snn
 from svdiff_kernels.decompose import cost, is_finite
-from svdiff_kernels.nn import SpectralModule
 from svdiff_kernels.objects import content_hash
 
 from .checkpoint import Layout
@@ -31,6 +31,8 @@ ONE_DIM_LAYERS: dict[type[nn.Module], Any] = {
 
 FactorsOf = Callable[[Mapping[str, Tensor]], Iterable[tuple[str, Factors]]]
 """Gives the factors of weights by path, in any order."""
+SigmasOf = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+"""Gives the singular values of weights by path, of those whose factors may come when they are first needed."""
 
 
 def layout_of(modules: Mapping[str, nn.Module], *, rank: int | None, one_dim: str, base_model: str) -> Layout:
@@ -41,7 +43,7 @@ def layout_of(modules: Mapping[str, nn.Module], *, rank: int | None, one_dim: st
     """
     shapes, hashes = {}, {}
     for path, module in modules.items():
-        weight = _weight_of(module)
+        weight = weight_of(module)
         if weight.is_meta:
             raise SVDiffError(f"{path}.weight has no values (it is on the meta device): load the model first")
         if not is_finite(weight):
@@ -70,6 +72,7 @@ class AttachedModel:
         layout: of these modules.
         form: "auto", "factored", "residual" or "recomposed".
         factors_of: gives the factors of the weights.
+        sigmas_of: gives the singular values of those weights whose layers are to load U and Vh when they first compute.
         lot: where weights go that their spectral layers do without, as factors come, so that memory never holds all
             weights and all factors.
     """
@@ -83,16 +86,18 @@ class AttachedModel:
         *,
         form: str,
         factors_of: FactorsOf,
+        sigmas_of: SigmasOf,
         lot: ParkingLot,
     ) -> None:
         self.role, self.model, self.layout = role, model, layout
         self._originals = dict(modules)
-        self._layers: dict[str, SpectralModule] = {}
+        self._layers: dict[str, Any] = {}
         self._tickets: dict[str, Ticket] = {}
-        self._lot = lot
+        self._factors_of, self._lot = factors_of, lot
+        self._holders = Counter(id(p) for module in model.modules() for p in module._parameters.values())
         self._requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
-            self._make_layers(form, factors_of)
+            self._make_layers(form, sigmas_of)
             self._swap({id(self._originals[path]): layer for path, layer in self._layers.items()})
             model.requires_grad_(False)
             self.bank = Bank(self._layers, root=model)
@@ -105,37 +110,51 @@ class AttachedModel:
         self.bank.release()
         self._restore()
 
-    def _make_layers(self, form: str, factors_of: FactorsOf) -> None:
-        made: dict[str, SpectralModule] = {}
+    def _make_layers(self, form: str, sigmas_of: SigmasOf) -> None:
+        made: dict[str, Any] = {}
         self._layers = made  # as far as it has come, should it fail
         weights: dict[str, Tensor] = {}
         for path, original in self._originals.items():
             if maker := ONE_DIM_LAYERS.get(type(original)):
                 made[path] = maker.from_module(original, mode=self.layout.one_dim).train(original.training)
             else:
-                weights[path] = _weight_of(original)
-        holders = Counter(id(p) for module in self.model.modules() for p in module._parameters.values())
+                weights[path] = weight_of(original)
+        sigmas = sigmas_of(weights)
+        for path, sigma in sigmas.items():
+            layer = self._matrix_layer(path, _without_vectors(weights[path], sigma), form)
+            layer.defer(partial(self._factors_now, path))
+            made[path] = layer
         on_gpu = any(parameter.is_cuda for parameter in self.model.parameters())
         copies = torch.cuda.Stream() if on_gpu else None  # factors travel while the next weight is parked
-        costs = {path: cost(weight) for path, weight in weights.items()}
+        costs = {path: cost(weight) for path, weight in weights.items() if path not in sigmas}
         with arithmetic_bar(sum(costs.values()), "Decomposing", delay=3) as bar:
-            for path, factors in factors_of(weights):
-                original = self._originals[path]
-                own_form = "auto" if getattr(original, "groups", 1) > 1 else form  # grouped: nn knows the only one
+            for path, factors in self._factors_of({path: weights[path] for path in costs}):
                 with torch.cuda.stream(copies):  # of None does nothing
-                    layer = MATRIX_LAYERS[type(original)].from_module(original, factors, form=own_form)
-                made[path] = layer.train(original.training)
-                if layer.base is None and holders[id(weights[path])] == 1:  # a shared weight stays, for who shares it
-                    self._park(path)
+                    made[path] = self._matrix_layer(path, factors, form)
+                self._park(path)
                 bar.advance(costs[path])
         if copies is not None:
             torch.cuda.current_stream().wait_stream(copies)
         self._layers = {path: made[path] for path in self._originals}
 
+    def _matrix_layer(self, path: str, factors: Factors, form: str) -> Any:
+        original = self._originals[path]
+        own_form = "auto" if getattr(original, "groups", 1) > 1 else form  # grouped: nn knows the only one
+        return MATRIX_LAYERS[type(original)].from_module(original, factors, form=own_form).train(original.training)
+
+    def _factors_now(self, path: str) -> Factors:
+        """The factors of a layer that has done without so far."""
+        weight = weight_of(self._originals[path])
+        ((_, factors),) = self._factors_of({path: weight.detach()})
+        self._park(path)
+        return factors
+
     def _park(self, path: str) -> None:
-        weight = _weight_of(self._originals[path])
-        self._tickets[path] = self._lot.park(weight.data)
-        weight.data = weight.data.new_empty(0)
+        """Drop a weight that its layer does without, unless another module has it too."""
+        weight = weight_of(self._originals[path])
+        if self._layers[path].base is None and self._holders[id(weight)] == 1:
+            self._tickets[path] = self._lot.park(weight.data)
+            weight.data = weight.data.new_empty(0)
 
     def _swap(self, substitutes: Mapping[int, nn.Module]) -> None:
         for parent in list(self.model.modules()):
@@ -147,7 +166,7 @@ class AttachedModel:
         self._swap({id(layer): self._originals[path] for path, layer in self._layers.items()})
         for path, layer in self._layers.items():
             original = self._originals[path]
-            weight = _weight_of(original)
+            weight = weight_of(original)
             like: Any = layer.weight  # for its device and dtype, which follow the model's
             ticket, base = self._tickets.get(path), getattr(layer, "base", None)
             content = weight.data if base is None else base
@@ -159,6 +178,12 @@ class AttachedModel:
             parameter.requires_grad_(flag)
 
 
-def _weight_of(module: nn.Module) -> nn.Parameter:
-    assert isinstance(module.weight, nn.Parameter)  # what `targets.select` chooses by
+def _without_vectors(weight: Tensor, sigma: Tensor) -> Factors:
+    M, N, r = weight.shape[0], weight[0].numel(), sigma.shape[0]
+    return Factors(weight.new_empty(M, r, device="meta"), sigma, weight.new_empty(r, N, device="meta"))
+
+
+def weight_of(module: nn.Module) -> nn.Parameter:
+    """The weight of a module that `targets.select` chose."""
+    assert isinstance(module.weight, nn.Parameter)
     return module.weight

@@ -26,16 +26,20 @@ class Command:
     module: str
     config: str
     function: str
-    positional: str | None = None  # a flag whose name may be left out, first of all
+    positional: tuple[str, ...] = ()  # flags whose names may be left out, first of all and in this order
 
 
 COMMANDS = {
     "train": Command("teach a model a subject from a few pictures", "svdiff.train", "TrainConfig", "train"),
     "generate": Command("make pictures, with or without shifts", "svdiff.generate", "GenerateConfig", "generate"),
     "demo": Command("the whole job in minutes on the built-in miniature model", "svdiff.demo", "DemoConfig", "demo"),
-    "bench": Command("measure against what else could be used", "svdiff.bench", "BenchConfig", "bench", "level"),
+    "bench": Command("measure against what else could be used", "svdiff.bench", "BenchConfig", "bench", ("level",)),
     "cache": Command(
-        "list, verify or prune the stored decompositions", "svdiff.cache", "CacheConfig", "cache", "action"
+        "build, share, list, verify or prune the stored decompositions",
+        "svdiff.cache",
+        "CacheConfig",
+        "cache",
+        ("action", "model", "remote"),
     ),
     "info": Command("what is built, what is used, and why not the rest", "svdiff.info", "InfoConfig", "info"),
 }
@@ -91,8 +95,12 @@ def _parse(name: str, command: Command, config: Any, argv: list[str]) -> Any:
     class ConfigParser(HfArgumentParser, _Parser):
         pass
 
-    if command.positional and argv and not argv[0].startswith("-"):
-        argv = [f"--{command.positional}", *argv]
+    named = []
+    for flag in command.positional:
+        if not argv or argv[0].startswith("-"):
+            break
+        named += [f"--{flag}", argv.pop(0)]
+    argv = named + argv
     make_parser: Any = ConfigParser  # mypy sees the other base's arguments
     parser = make_parser(config, prog=f"svdiff {name}", description=command.summary, allow_abbrev=False)
     parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from svdiff_kernels import SVDiffError
+from svdiff_kernels.decompose import is_finite
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
@@ -169,5 +170,5 @@ def _quiet_loading() -> Iterator[None]:
 
 def _check_finite(part: str, module: nn.Module) -> None:
     for name, weight in module.named_parameters():
-        if not torch.isfinite(weight).all():
+        if not is_finite(weight):
             raise SVDiffError(f"the base model is damaged: {part}.{name} holds NaN or inf")

@@ -20,9 +20,10 @@ def progress_bar(items: Collection[T], description: str, *, delay: float = 0) ->
     return _Bar(items, desc=description, delay=delay, **progress_options())
 
 
-def arithmetic_bar(total: float, description: str, *, delay: float = 0) -> _ArithmeticBar:
+def arithmetic_bar(total: float, description: str, *, delay: float = 0, disable: bool = False) -> _ArithmeticBar:
     """A bar over so much arithmetic, to be advanced by hand; otherwise as `progress_bar`."""
-    return _ArithmeticBar(total=total, desc=description, delay=delay, bar_format=BAR_FORMAT, **progress_options())
+    how = progress_options() | {"bar_format": BAR_FORMAT, "delay": delay, "disable": disable}
+    return _ArithmeticBar(total=total, desc=description, **how)
 
 
 class _ArithmeticBar(tqdm):
