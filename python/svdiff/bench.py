@@ -11,7 +11,7 @@ from typing import Any, Literal
 from svdiff_kernels import SVDiffError
 
 Level = Literal[
-    "unet", "block", "layer", "sweep", "op", "overhead", "infer", "train", "memory", "start", "svd", "levers"
+    "unet", "block", "layer", "sweep", "op", "overhead", "infer", "train", "memory", "start", "attach", "svd", "levers"
 ]
 RIVALS = ("lora", "lora-attention", "lora-compiled", "naive", "broadcast", "parametrize", "frozen")
 """What a UNet is measured against; the last does nothing but pass gradients on."""
@@ -27,11 +27,12 @@ _LEVELS: dict[Level, str] = {
     "train": "a step of svdiff train on the miniature",
     "memory": "the most memory that a training step holds",
     "start": "from a base model to the end of the first step",
-    "svd": "decomposing the weights, and reading them back",
+    "attach": "attaching, with the decompositions on disk, against reading them",
+    "svd": "decomposing all weights of a model, and reading them back",
     "levers": "what changes that were not made would save",
 }
-_ON_CPUS = ("start", "levers")
-_OF_A_UNET = ("unet", "block", "infer", "memory", "start", "levers")
+_ON_CPUS = ("start", "attach", "levers")
+_OF_A_UNET = ("unet", "block", "infer", "memory", "start", "attach", "levers")
 _QUICK_CONFIG, _QUICK_LATENTS, _QUICK_ROUNDS = "quick_unet.json", 16, 40
 # Not the naive one: it takes half of the time, and its own noise would make the comparison uncertain.
 _QUICK_RIVALS = ("lora", "frozen")

@@ -43,10 +43,13 @@ def test_the_op_is_measured_against_a_dense_layer(tmp_path: Path) -> None:
     assert all(line["tflop_per_s"] > 0 for line in lines if line["name"] in (op.DENSE, op.GEMM))
 
 
-def test_decompositions_are_measured(tmp_path: Path) -> None:
+def test_decompositions_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(svd, "shapes", lambda model: [(24, 40), (40, 24), (24, 24), (7, 9)])
     lines = lines_of(tmp_path, level="svd")
-    assert len({line["subject"] for line in lines}) == len(svd.shapes("clip"))
-    assert "read from the cache" in {line["name"] for line in lines}
+    assert {line["subject"] for line in lines} == {"clip, 4 weights"}
+    assert {f"read from the cache, {layout}" for layout in ("full", "compact")} < {line["name"] for line in lines}
+    assert all(line["p50"] > 0 for line in lines)
 
 
 def test_few_rows_and_many_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

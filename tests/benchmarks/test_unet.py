@@ -89,6 +89,15 @@ def test_start_up_is_measured_in_four_ways(tiny_config: str, tmp_path: Path, mon
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["results"]
 
 
+def test_attaching_is_measured_against_reading(
+    tiny_config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = lines_of(tmp_path, "attach", tiny_config, rounds=1)
+    assert len(lines) == 8 and all(line["p50"] > 0 for line in lines)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["results"]
+
+
 def test_levers_are_measured_against_what_is_done_now(tiny_config: str, tmp_path: Path) -> None:
     lines = lines_of(tmp_path, "levers", tiny_config, rounds=1)
     names = {line["name"] for line in lines}
