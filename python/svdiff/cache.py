@@ -17,7 +17,7 @@ from svdiff_kernels.decompose import cost
 from .attached import MATRIX_LAYERS, weight_of
 from .pipelines import denoiser_of, load_pipeline, text_encoders_of
 from .progress import arithmetic_bar
-from .sharing import pull, push
+from .sharing import place_of, pull, push
 from .targets import select
 
 Action = Literal["build", "push", "pull", "ls", "path", "verify", "prune"]
@@ -79,14 +79,12 @@ def cache(config: CacheConfig) -> str | None:
         raise SVDiffError(f"{config.action} needs a model: svdiff cache {config.action} MODEL")
     if config.action != "build" and config.remote is None:
         raise SVDiffError(f"{config.action} needs a place: svdiff cache {config.action} MODEL PLACE")
-    weights = _weights(config)
     if config.action == "build":
-        return build(store, weights, config.rank)
-    wanted = store.wanted(weights, config.rank)
+        return build(store, _weights(config), config.rank)
     assert config.remote is not None
-    if config.action == "push":
-        return push(store, wanted, config.remote, private=config.private)
-    return pull(store, wanted, config.remote)
+    place = place_of(config.remote, must_exist=config.action == "pull")  # before the model is loaded for nothing
+    wanted = store.wanted(_weights(config), config.rank)
+    return push(store, wanted, place, private=config.private) if config.action == "push" else pull(store, wanted, place)
 
 
 def build(store: FactorCache, weights: Mapping[str, Tensor], rank: int | None = None) -> str | None:

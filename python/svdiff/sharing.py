@@ -17,8 +17,29 @@ from svdiff_kernels.cache import Wanted
 
 from .progress import progress_bar
 
+Place = Path | str
+"""A folder, or the id of a hub repository."""
 
-def push(store: FactorCache, wanted: Mapping[str, Wanted], remote: str, *, private: bool = False) -> str:
+
+def place_of(remote: str, *, must_exist: bool = False) -> Place:
+    """What a user means by the name of a remote.
+
+    Raises:
+        SVDiffError: it is neither a folder nor a hub repository; or a folder that is not there, and must be.
+    """
+    path = Path(remote).expanduser()
+    if path.is_dir() or remote.startswith(("/", "./", "../", "~")):
+        if must_exist and not path.is_dir():
+            raise SVDiffError(f"there is no folder {path}")
+        return path
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", remote):
+        return remote
+    raise SVDiffError(
+        f"{remote!r} is neither a folder (a new one begins with ./ or /) nor a hub repository (owner/name)"
+    )
+
+
+def push(store: FactorCache, wanted: Mapping[str, Wanted], place: Place, *, private: bool = False) -> str:
     """Copy the decompositions of a model to a folder or a hub repository; returns a summary.
 
     Raises:
@@ -28,28 +49,27 @@ def push(store: FactorCache, wanted: Mapping[str, Wanted], remote: str, *, priva
         raise SVDiffError(
             f"{len(missing)} weights, such as {missing[0]}, are not in the cache: svdiff cache build makes them"
         )
-    folder = _folder(remote)
-    if folder is not None:
-        there = FactorCache(folder)
+    if isinstance(place, Path):
+        there = FactorCache(place)
         copied = 0
         for one in progress_bar(wanted.values(), "Copying"):
             copied += there.add(one.path, replace(one, path=there.dir / _relative(one, store)))
-        return f"{copied} decompositions copied to {folder}, {len(wanted) - copied} were there"
-    with _hub_errors(remote):
+        return f"{copied} decompositions copied to {place}, {len(wanted) - copied} were there"
+    with _hub_errors(place):
         from huggingface_hub import HfApi
 
         api = HfApi()
-        api.create_repo(remote, private=private, exist_ok=True)
+        api.create_repo(place, private=private, exist_ok=True)
         api.upload_folder(
-            repo_id=remote,
+            repo_id=place,
             folder_path=store.dir,
             allow_patterns=[_relative(one, store) for one in wanted.values()],
             commit_message=f"{len(wanted)} decompositions for svdiff",
         )
-    return f"{len(wanted)} decompositions pushed to {remote}"
+    return f"{len(wanted)} decompositions pushed to {place}"
 
 
-def pull(store: FactorCache, wanted: Mapping[str, Wanted], remote: str) -> str:
+def pull(store: FactorCache, wanted: Mapping[str, Wanted], place: Place) -> str:
     """Copy what a folder or a hub repository has of the decompositions of a model; returns a summary.
 
     Every object is checked, against its checksum and against the weight, before it is taken.
@@ -58,25 +78,22 @@ def pull(store: FactorCache, wanted: Mapping[str, Wanted], remote: str) -> str:
         SVDiffError: the remote cannot be read, has none of them, or a damaged one.
     """
     needed = {name: one for name, one in wanted.items() if not one.path.exists()}
-    folder = _folder(remote)
     if not needed:
         return f"all {len(wanted)} decompositions are here"
-    if folder is not None:
-        if not folder.is_dir():
-            raise SVDiffError(f"there is no folder {folder}")
-        taken = _take(store, needed, folder)
+    if isinstance(place, Path):
+        taken = _take(store, needed, place)
     else:
         store.dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=store.dir, prefix="pull-") as partial, _hub_errors(remote):
+        with tempfile.TemporaryDirectory(dir=store.dir, prefix="pull-") as partial, _hub_errors(place):
             from huggingface_hub import snapshot_download
 
             patterns = [_relative(one, store) for one in needed.values()]
-            snapshot_download(remote, allow_patterns=patterns, local_dir=partial)
+            snapshot_download(place, allow_patterns=patterns, local_dir=partial)
             taken = _take(store, needed, Path(partial))
     lacking = len(needed) - taken
     if not taken:
-        raise SVDiffError(f"{remote} has no decomposition that this model lacks: was it made of these very weights?")
-    told = f", {lacking} are not in {remote}: svdiff cache build makes them" if lacking else ""
+        raise SVDiffError(f"{place} has no decomposition that this model lacks: was it made of these very weights?")
+    told = f", {lacking} are not in {place}: svdiff cache build makes them" if lacking else ""
     return f"{taken} decompositions pulled, {len(wanted) - len(needed)} were there{told}"
 
 
@@ -92,22 +109,6 @@ def _take(store: FactorCache, needed: Mapping[str, Wanted], folder: Path) -> int
 
 def _relative(wanted: Wanted, store: FactorCache) -> str:
     return wanted.path.relative_to(store.dir).as_posix()
-
-
-def _folder(remote: str) -> Path | None:
-    """The folder that is meant, or None if it is a hub repository.
-
-    Raises:
-        SVDiffError: it is neither.
-    """
-    path = Path(remote).expanduser()
-    if path.is_dir() or remote.startswith(("/", "./", "../", "~")):
-        return path
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", remote):
-        return None
-    raise SVDiffError(
-        f"{remote!r} is neither a folder nor a hub repository (owner/name); a new folder begins with ./ or /"
-    )
 
 
 @contextmanager
