@@ -146,7 +146,7 @@ def _from_short(short: Tensor, sigma: Tensor, A: Tensor) -> Thin:
 
 def _orthonormal_rows(long: Tensor, sigma: Tensor, needs_qr: float) -> tuple[Tensor, Tensor]:
     """``(sigma, long)`` from ``diag(sigma) long``, whose rows are orthogonal but for rounding."""
-    if sigma.min() >= needs_qr * sigma.max():
+    if 0 < sigma.min() >= needs_qr * sigma.max():
         return sigma, long / sigma[:, None]
     Q, R = torch.linalg.qr(long.T)  # R is diagonal up to rounding
     return R.diagonal().abs(), Q.T * torch.where(R.diagonal() < 0, -1.0, 1.0)[:, None]
