@@ -97,7 +97,7 @@ def rows_by_product(sigma: Tensor, m: int) -> int:
     Rounding turns row i towards the first by about ``eps sigma[0] / (sqrt(m) sigma[i])``, times a little: at most 3e-6
     here, as measured for m from 64 to 1280.
     """
-    return int((sigma >= sigma[0] * (0.25 / m**0.5)).sum())
+    return int((sigma >= sigma[0] * (0.25 / m**0.5)).sum()) if sigma[0] > 0 else 0
 
 
 def by_product(short: Tensor, sigma: Tensor, A: Tensor) -> Tensor:
