@@ -75,7 +75,7 @@ def randomized(A: Tensor, rank: int, *, tolerance: float = 1e-3, max_iterations:
     m = A.shape[0]
     width = min(m, rank + max(16, rank // 4))
     A = A.to(torch.float64)
-    start = torch.randn(m, width, dtype=A.dtype, generator=torch.Generator().manual_seed(0))
+    start = torch.randn(m, width, dtype=A.dtype, device="cpu", generator=torch.Generator("cpu").manual_seed(0))
     basis = torch.linalg.qr(start.to(A.device)).Q
     energy, outside = A.square().sum(), float("inf")
     for _ in range(max_iterations):
