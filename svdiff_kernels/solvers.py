@@ -6,8 +6,9 @@ A solver sees its weight lying down: ``A [m, X]`` with ``m <= X``, a standing we
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,13 +103,31 @@ def rows_by_product(sigma: Tensor, m: int) -> int:
 
 def by_product(short: Tensor, sigma: Tensor, A: Tensor) -> Tensor:
     """``long = short.T A / sigma``, in A's dtype and no less, whatever autocast and TF32 settings say."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(A.device.type, enabled=False):
-            return (short.T @ A).div_(sigma.to(A.dtype)[:, None])
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    with _full_precision(), torch.autocast(A.device.type, enabled=False):
+        return (short.T @ A).div_(sigma.to(A.dtype)[:, None])
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Products of fp32 in fp32, then the settings as they were."""
+    if hasattr(torch.backends.mkldnn, "matmul"):
+        # By backend: where a user has set one of these, torch refuses to read the older one for all of them.
+        switches: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+        before = [switch.fp32_precision for switch in switches]
+        try:
+            for switch in switches:
+                switch.fp32_precision = "ieee"
+            yield
+        finally:
+            for switch, precision in zip(switches, before, strict=True):
+                switch.fp32_precision = precision
+    else:  # torch 2.8
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
 
 
 def _gram_matrix(A: Tensor) -> Tensor:
