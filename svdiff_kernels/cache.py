@@ -100,7 +100,8 @@ class FactorCache:
         Raises:
             SVDiffError: the weight cannot be decomposed; see `decompose`.
         """
-        return next(factors for _, factors in self._get([self._wanted("", weight, rank, content)]))
+        ((_, factors),) = self._get([self._wanted("", weight, rank, content)])
+        return factors
 
     def get_many(
         self, weights: Mapping[str, Tensor], rank: int | None = None, progress: bool = False
