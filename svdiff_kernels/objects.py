@@ -72,9 +72,8 @@ def write(path: Path, factors: Factors, *, content: str, rank: str, layout: str,
         "content": content,
         "shape": json.dumps([M, N]),
         "rank": rank,
-        "checksum": _checksum(tensors),
     }
-    save_file(tensors, path, metadata)
+    save_file(tensors, path, metadata | {"checksum": _checksum(tensors, metadata)})
 
 
 def read(path: Path, weight: Tensor) -> Factors:
@@ -118,7 +117,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         metadata = file.metadata() or {}
         _check_version(metadata)
         tensors = {name: file.get_tensor(name) for name in ("U", "sigma", "Vh")}
-    if _checksum(tensors) != metadata.get("checksum"):
+    if metadata.pop("checksum", None) != _checksum(tensors, metadata):
         raise SVDiffError("its checksum does not match")
     return tensors, metadata
 
@@ -137,9 +136,9 @@ def _long(short: Tensor, sigma: Tensor, A: Tensor, tail: Tensor, rebuilt: int) -
     return long
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    """BLAKE3 over the tensors' bytes, in order."""
-    digest = blake3(max_threads=blake3.AUTO)
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """BLAKE3 over the metadata and the tensors' bytes, in order."""
+    digest = blake3(json.dumps(metadata, sort_keys=True).encode(), max_threads=blake3.AUTO)
     for tensor in tensors.values():
         _update(digest, tensor)
     return str(digest.hexdigest())
