@@ -184,8 +184,16 @@ class FactorCache:
             metadata = objects.check(source)
         except _DAMAGED as error:
             raise SVDiffError(f"{source} is damaged: {error}") from None
-        if metadata["content"] != wanted.content:
-            raise SVDiffError(f"{source} is the decomposition of another weight than {wanted.name}")
+        expected = {
+            "content": wanted.content,
+            "rank": _rank(wanted),
+            "dtype": self.dtype,
+            "algorithm_version": str(ALGORITHM_VERSION),
+        }
+        for name, value in expected.items():
+            if metadata[name] != value:
+                what = f"{name} {metadata[name]}, not {value}"
+                raise SVDiffError(f"{source} is not the decomposition of {wanted.name} that is wanted: {what}")
         if not self._prepare():
             raise SVDiffError(f"factor cache {self.dir} cannot be written")
         with self._lock(wanted.path):
@@ -273,11 +281,15 @@ class FactorCache:
     def _write(self, wanted: Wanted, factors: Factors) -> Factors:
         """Store factors, and hand back what a reader would get: the same numbers, mapped."""
         layout = self.layout or ("compact" if torch.cuda.is_available() else "full")
-        rank = "full" if wanted.rank is None else str(wanted.rank)
         partial = self._partial(wanted.path)
         try:
             objects.write(
-                partial, factors, content=wanted.content, rank=rank, layout=layout, dtype=objects.DTYPES[self.dtype]
+                partial,
+                factors,
+                content=wanted.content,
+                rank=_rank(wanted),
+                layout=layout,
+                dtype=objects.DTYPES[self.dtype],
             )
             self._publish(partial, wanted.path)
             return objects.read(wanted.path, wanted.weight)
@@ -337,6 +349,10 @@ class FactorCache:
                 f"factor cache {self.dir} cannot be written ({reason}): decompositions are not kept", stacklevel=4
             )
         self._writable = False
+
+
+def _rank(wanted: Wanted) -> str:
+    return "full" if wanted.rank is None else str(wanted.rank)
 
 
 def _read_ahead(path: Path) -> None:

@@ -72,6 +72,7 @@ def write(path: Path, factors: Factors, *, content: str, rank: str, layout: str,
         "content": content,
         "shape": json.dumps([M, N]),
         "rank": rank,
+        "dtype": str(dtype).removeprefix("torch."),
     }
     save_file(tensors, path, metadata | {"checksum": _checksum(tensors, metadata)})
 
