@@ -141,6 +141,8 @@ class FactorCache:
         for path in self._objects():
             try:
                 objects.check(path)
+            except FileNotFoundError:  # pruned by another process
+                continue
             except _DAMAGED as error:
                 problems[path] = str(error)
         return problems
@@ -158,7 +160,7 @@ class FactorCache:
         if limit is None:
             return freed
         kept = in_use(self.dir / "readers")
-        entries = [(path, path.stat()) for path in self._objects()]
+        entries = self._statuses()
         total = sum(status.st_size for _, status in entries)
         for path, status in sorted(entries, key=lambda entry: entry[1].st_mtime_ns):
             if total <= limit:
@@ -171,7 +173,7 @@ class FactorCache:
 
     def size(self) -> tuple[int, int]:
         """``(objects, bytes)`` on disk."""
-        sizes = [path.stat().st_size for path in self._objects()]
+        sizes = [status.st_size for _, status in self._statuses()]
         return len(sizes), sum(sizes)
 
     def add(self, source: Path, wanted: Wanted) -> bool:
@@ -304,6 +306,13 @@ class FactorCache:
 
     def _objects(self) -> Iterator[Path]:
         return self.dir.glob("objects/*/*.safetensors")
+
+    def _statuses(self) -> list[tuple[Path, os.stat_result]]:
+        found = []
+        for path in self._objects():
+            with suppress(FileNotFoundError):  # pruned by another process
+                found.append((path, path.stat()))
+        return found
 
     def _partial(self, path: Path) -> Path:
         return self.dir / "work" / f"{path.stem}.partial"
