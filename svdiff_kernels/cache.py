@@ -242,17 +242,24 @@ class FactorCache:
             with ExitStack() as locks:
                 mine: list[Wanted] = []
                 for one in group:
-                    try:
-                        locks.enter_context(self._lock(one.path, blocking=False))
-                        mine.append(one)
-                    except Timeout:
-                        elsewhere.append(one)
+                    (mine if self._hold(one, locks, blocking=False) else elsewhere).append(one)
                 found = self._make_locked(mine)
             yield from found
         for one in elsewhere:
-            with self._lock(one.path):
+            with ExitStack() as locks:
+                self._hold(one, locks, blocking=True)
                 found = self._make_locked([one])
             yield from found
+
+    def _hold(self, one: Wanted, locks: ExitStack, *, blocking: bool) -> bool:
+        """Take an object's lock, or give up storing anything; False where another process has it."""
+        try:
+            locks.enter_context(self._lock(one.path, blocking=blocking))
+        except Timeout:
+            return False
+        except OSError as error:
+            self._give_up(error)
+        return True
 
     def _make_locked(self, group: Sequence[Wanted]) -> list[tuple[str, Factors]]:
         found = {one.name: self._read(one, warn=True) for one in group}  # another process may have been first
@@ -282,6 +289,8 @@ class FactorCache:
 
     def _write(self, wanted: Wanted, factors: Factors) -> Factors:
         """Store factors, and hand back what a reader would get: the same numbers, mapped."""
+        if not self._writable:
+            return factors
         layout = self.layout or ("compact" if torch.cuda.is_available() else "full")
         partial = self._partial(wanted.path)
         try:
