@@ -128,7 +128,7 @@ class FactorCache:
             contents: the `content_hash` of each, if at hand.
         """
         yield from self._get([
-            self._wanted(name, weight, rank, contents and contents[name]) for name, weight in weights.items()
+            self._wanted(name, weight, rank, contents[name] if contents else None) for name, weight in weights.items()
         ])  # fmt: skip
 
     def wanted(self, weights: Mapping[str, Tensor], rank: int | None = None) -> dict[str, Wanted]:

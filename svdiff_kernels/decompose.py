@@ -97,8 +97,8 @@ def decomposed(
         raise SVDiffError(f"decompose: rank must be at least 1, not {rank}")
     dtype = dtype or torch.float32
     for batch in batches(weights):
-        told = [_told(weights[i], names and names[i]) for i in batch]
-        matrices = [as_matrix(weights[i], names and names[i]).detach() for i in batch]
+        told = [_told(weights[i], names[i] if names else None) for i in batch]
+        matrices = [as_matrix(weights[i], names[i] if names else None).detach() for i in batch]
         yield from zip(batch, _solve(matrices, rank, method, dtype, told), strict=True)
 
 

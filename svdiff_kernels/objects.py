@@ -146,5 +146,5 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
 
 
 def _update(digest: Any, tensor: Tensor) -> None:
-    content = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    content: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
     digest.update(memoryview(content))
