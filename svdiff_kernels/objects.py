@@ -8,6 +8,7 @@ Rows of small singular values stay, since that product would lose them; see `sol
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,15 @@ LAYOUTS = ("full", "compact")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _CHUNK = 2**20  # elements converted at a time
+_threads = blake3.AUTO
+
+
+def _after_fork() -> None:
+    global _threads
+    _threads = 1  # BLAKE3 would wait for ever for the threads that its parent had started
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def content_hash(weight: Tensor) -> str:
@@ -35,7 +45,7 @@ def content_hash(weight: Tensor) -> str:
 
     So a weight hashes alike in fp16 and, holding the same values, in fp32.
     """
-    digest = blake3(str(tuple(weight.shape)).encode(), max_threads=blake3.AUTO)
+    digest = blake3(str(tuple(weight.shape)).encode(), max_threads=_threads)
     flat = weight.detach().reshape(-1)
     for chunk in [flat] if flat.is_cpu and flat.dtype == torch.float32 else flat.split(_CHUNK):
         _update(digest, chunk.to("cpu", torch.float32))
@@ -139,7 +149,7 @@ def _long(short: Tensor, sigma: Tensor, A: Tensor, tail: Tensor, rebuilt: int) -
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """BLAKE3 over the metadata and the tensors' bytes, in order."""
-    digest = blake3(json.dumps(metadata, sort_keys=True).encode(), max_threads=blake3.AUTO)
+    digest = blake3(json.dumps(metadata, sort_keys=True).encode(), max_threads=_threads)
     for tensor in tensors.values():
         _update(digest, tensor)
     return str(digest.hexdigest())
