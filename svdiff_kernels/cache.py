@@ -208,6 +208,8 @@ class FactorCache:
 
     def _wanted(self, name: str, weight: Tensor, rank: int | None, content: str | None) -> Wanted:
         short = min(as_matrix(weight, name, check_values=False).shape)
+        if rank is not None and rank < 1:
+            raise SVDiffError(f"rank must be at least 1, not {rank}")
         if rank is not None and rank >= short:
             rank = None
         content = content or content_hash(weight)
