@@ -3,7 +3,7 @@
 delta means something only in the basis it was trained in, and near-equal singular values make a recomputed basis
 ambiguous: so the same weight must always get the same factors, whoever asks first.
 
-Folders: ``objects/<first two of key>/<key>.safetensors`` (see `objects.py`); ``work/`` with a lock and a partial file
+Folders: ``objects/<first two of key>/<key>.safetensors`` (see `objects.py`); ``work/`` with a lock and a folder
 for each object that is being made; ``readers/`` (see `leases.py`). An object appears by rename, whole or not at all,
 and readers map it into memory. Whoever makes an object holds its lock, and deletes the lock with it; what a killed
 process leaves in ``work/`` is deleted by whoever comes next.
@@ -201,9 +201,9 @@ class FactorCache:
         with self._lock(wanted.path):
             if wanted.path.exists():
                 return False
-            partial = self._partial(wanted.path)
-            shutil.copyfile(source, partial)
-            self._publish(partial, wanted.path)
+            with self._partial(wanted.path) as partial:
+                shutil.copyfile(source, partial)
+                self._publish(partial, wanted.path)
         return True
 
     def _wanted(self, name: str, weight: Tensor, rank: int | None, content: str | None) -> Wanted:
@@ -294,20 +294,13 @@ class FactorCache:
         if not self._writable:
             return factors
         layout = self.layout or ("compact" if torch.cuda.is_available() else "full")
-        partial = self._partial(wanted.path)
+        dtype = objects.DTYPES[self.dtype]
         try:
-            objects.write(
-                partial,
-                factors,
-                content=wanted.content,
-                rank=_rank(wanted),
-                layout=layout,
-                dtype=objects.DTYPES[self.dtype],
-            )
-            self._publish(partial, wanted.path)
+            with self._partial(wanted.path) as partial:
+                objects.write(partial, factors, content=wanted.content, rank=_rank(wanted), layout=layout, dtype=dtype)
+                self._publish(partial, wanted.path)
             return objects.read(wanted.path, wanted.weight)
         except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
             self._give_up(error)
             return factors
 
@@ -325,7 +318,18 @@ class FactorCache:
                 found.append((path, path.stat()))
         return found
 
-    def _partial(self, path: Path) -> Path:
+    @contextmanager
+    def _partial(self, path: Path) -> Iterator[Path]:
+        """Where to write an object: in a folder of its own, since safetensors first writes a file of any name there."""
+        folder = self._partial_folder(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        try:
+            yield folder / path.name
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _partial_folder(self, path: Path) -> Path:
         return self.dir / "work" / f"{path.stem}.partial"
 
     @contextmanager
@@ -344,10 +348,10 @@ class FactorCache:
         for key in {path.stem for path in self.dir.glob("work/*.*")}:
             path = Path(key)
             with suppress(Timeout, OSError), self._lock(path, blocking=False):
-                partial = self._partial(path)
-                if partial.exists():
-                    freed += partial.stat().st_size
-                    partial.unlink()
+                folder = self._partial_folder(path)
+                size = sum(file.stat().st_size for file in folder.glob("*"))
+                shutil.rmtree(folder)
+                freed += size
         in_use(self.dir / "readers")
         return freed
 
