@@ -16,7 +16,7 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from svdiff_kernels.leases import lease_of  # noqa: E402
+from svdiff_kernels.leases import lease_of
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from numerics import (
     relative,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from svdiff_kernels import Factors, SVDiffError, decompose, ops, solvers
 from svdiff_kernels.decompose import batches
@@ -296,29 +298,49 @@ def test_the_users_settings_neither_matter_nor_change(rank: int | None) -> None:
         assert same(decompose(W, rank), expected)
     with torch.device("meta"):
         assert same(decompose(W, rank), expected)
-    torch.set_float32_matmul_precision("medium")
-    try:
-        assert not torch.equal(W @ W.T, (W.double() @ W.double().T).float())
-        assert same(decompose(W, rank), expected)
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision("highest")
+
+
+def precisions() -> list[str]:
+    return [switch.fp32_precision for switch in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)]
+
+
+class Products(TorchDispatchMode):
+    """Notes how each product in fp32 may be rounded: few processors really do it otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[list[str]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.mm.default and args[0].dtype == torch.float32:
+            self.seen.append(precisions())
+        return func(*args, **(kwargs or {}))
+
+
+def all_switches(precision: str) -> None:
+    torch.set_float32_matmul_precision({"tf32": "high", "bf16": "medium"}[precision])
+
+
+def one_switch(precision: str) -> None:
+    torch.backends.mkldnn.matmul.fp32_precision = precision
 
 
 @pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="this torch has one switch for all")
-def test_precision_set_by_backend() -> None:
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+@pytest.mark.parametrize("switch", [all_switches, one_switch])
+def test_products_in_fp32_are_in_fp32(switch: Callable[[str], None], precision: str) -> None:
     W = torch.randn(160, 233)
     expected = decompose(W)
-    switches = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-    before = [switch.fp32_precision for switch in switches]
     try:
-        for switch in switches:
-            switch.fp32_precision = "tf32"
-        assert same(decompose(W), expected)
-        assert [switch.fp32_precision for switch in switches] == ["tf32", "tf32"]
+        switch(precision)
+        before = precisions()
+        with Products() as products:
+            found = decompose(W)
+        assert products.seen == [["ieee", "ieee"]]
+        assert same(found, expected)
+        assert precision in before and precisions() == before
     finally:
-        for switch, precision in zip(switches, before, strict=True):
-            switch.fp32_precision = precision
+        torch.set_float32_matmul_precision("highest")
 
 
 MIXED = [(31, 47), (47, 31), (130, 140), (31, 900), (5, 4, 3, 3), (1, 9), (31, 31), (140, 130), (9, 1), (36, 5)]
