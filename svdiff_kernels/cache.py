@@ -3,7 +3,7 @@
 delta means something only in the basis it was trained in, and near-equal singular values make a recomputed basis
 ambiguous: so the same weight must always get the same factors, whoever asks first.
 
-Folders: ``objects/<first two of key>/<key>.safetensors`` (see `objects.py`); ``work/`` with a lock and a partial file
+Folders: ``objects/<first two of key>/<key>.safetensors`` (see `objects.py`); ``work/`` with a lock and a folder
 for each object that is being made; ``readers/`` (see `leases.py`). An object appears by rename, whole or not at all,
 and readers map it into memory. Whoever makes an object holds its lock, and deletes the lock with it; what a killed
 process leaves in ``work/`` is deleted by whoever comes next.
@@ -100,7 +100,8 @@ class FactorCache:
         Raises:
             SVDiffError: the weight cannot be decomposed; see `decompose`.
         """
-        return next(factors for _, factors in self._get([self._wanted("", weight, rank, content)]))
+        ((_, factors),) = self._get([self._wanted("", weight, rank, content)])
+        return factors
 
     def sigma(self, weight: Tensor, rank: int | None = None, *, content: str | None = None) -> Tensor | None:
         """The singular values of a weight alone, unchecked, or None if they are not there; arguments as of `get`."""
@@ -147,6 +148,8 @@ class FactorCache:
         for path in self._objects():
             try:
                 objects.check(path)
+            except FileNotFoundError:  # pruned by another process
+                continue
             except _DAMAGED as error:
                 problems[path] = str(error)
         return problems
@@ -164,7 +167,7 @@ class FactorCache:
         if limit is None:
             return freed
         kept = in_use(self.dir / "readers")
-        entries = [(path, path.stat()) for path in self._objects()]
+        entries = self._statuses()
         total = sum(status.st_size for _, status in entries)
         for path, status in sorted(entries, key=lambda entry: entry[1].st_mtime_ns):
             if total <= limit:
@@ -185,7 +188,7 @@ class FactorCache:
 
     def size(self) -> tuple[int, int]:
         """``(objects, bytes)`` on disk."""
-        sizes = [path.stat().st_size for path in self._objects()]
+        sizes = [status.st_size for _, status in self._statuses()]
         return len(sizes), sum(sizes)
 
     def add(self, source: Path, wanted: Wanted) -> bool:
@@ -198,20 +201,30 @@ class FactorCache:
             metadata = objects.check(source)
         except _DAMAGED as error:
             raise SVDiffError(f"{source} is damaged: {error}") from None
-        if metadata["content"] != wanted.content:
-            raise SVDiffError(f"{source} is the decomposition of another weight than {wanted.name}")
+        expected = {
+            "content": wanted.content,
+            "rank": _rank(wanted),
+            "dtype": self.dtype,
+            "algorithm_version": str(ALGORITHM_VERSION),
+        }
+        for name, value in expected.items():
+            if metadata[name] != value:
+                what = f"{name} {metadata[name]}, not {value}"
+                raise SVDiffError(f"{source} is not the decomposition of {wanted.name} that is wanted: {what}")
         if not self._prepare():
             raise SVDiffError(f"factor cache {self.dir} cannot be written")
         with self._lock(wanted.path):
             if wanted.path.exists():
                 return False
-            partial = self._partial(wanted.path)
-            shutil.copyfile(source, partial)
-            self._publish(partial, wanted.path)
+            with self._partial(wanted.path) as partial:
+                shutil.copyfile(source, partial)
+                self._publish(partial, wanted.path)
         return True
 
     def _wanted(self, name: str, weight: Tensor, rank: int | None, content: str | None) -> Wanted:
         short = min(as_matrix(weight, name, check_values=False).shape)
+        if rank is not None and rank < 1:
+            raise SVDiffError(f"rank must be at least 1, not {rank}")
         if rank is not None and rank >= short:
             rank = None
         content = content or content_hash(weight)
@@ -246,17 +259,24 @@ class FactorCache:
             with ExitStack() as locks:
                 mine: list[Wanted] = []
                 for one in group:
-                    try:
-                        locks.enter_context(self._lock(one.path, blocking=False))
-                        mine.append(one)
-                    except Timeout:
-                        elsewhere.append(one)
+                    (mine if self._hold(one, locks, blocking=False) else elsewhere).append(one)
                 found = self._make_locked(mine)
             yield from found
         for one in elsewhere:
-            with self._lock(one.path):
+            with ExitStack() as locks:
+                self._hold(one, locks, blocking=True)
                 found = self._make_locked([one])
             yield from found
+
+    def _hold(self, one: Wanted, locks: ExitStack, *, blocking: bool) -> bool:
+        """Take an object's lock, or give up storing anything; False where another process has it."""
+        try:
+            locks.enter_context(self._lock(one.path, blocking=blocking))
+        except Timeout:
+            return False
+        except OSError as error:
+            self._give_up(error)
+        return True
 
     def _make_locked(self, group: Sequence[Wanted]) -> list[tuple[str, Factors]]:
         found = {one.name: self._read(one, warn=True) for one in group}  # another process may have been first
@@ -286,17 +306,16 @@ class FactorCache:
 
     def _write(self, wanted: Wanted, factors: Factors) -> Factors:
         """Store factors, and hand back what a reader would get: the same numbers, mapped."""
+        if not self._writable:
+            return factors
         layout = self.layout or ("compact" if torch.cuda.is_available() else "full")
-        rank = "full" if wanted.rank is None else str(wanted.rank)
-        partial = self._partial(wanted.path)
+        dtype = objects.DTYPES[self.dtype]
         try:
-            objects.write(
-                partial, factors, content=wanted.content, rank=rank, layout=layout, dtype=objects.DTYPES[self.dtype]
-            )
-            self._publish(partial, wanted.path)
+            with self._partial(wanted.path) as partial:
+                objects.write(partial, factors, content=wanted.content, rank=_rank(wanted), layout=layout, dtype=dtype)
+                self._publish(partial, wanted.path)
             return objects.read(wanted.path, wanted.weight)
         except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
             self._give_up(error)
             return factors
 
@@ -307,7 +326,25 @@ class FactorCache:
     def _objects(self) -> Iterator[Path]:
         return self.dir.glob("objects/*/*.safetensors")
 
-    def _partial(self, path: Path) -> Path:
+    def _statuses(self) -> list[tuple[Path, os.stat_result]]:
+        found = []
+        for path in self._objects():
+            with suppress(FileNotFoundError):  # pruned by another process
+                found.append((path, path.stat()))
+        return found
+
+    @contextmanager
+    def _partial(self, path: Path) -> Iterator[Path]:
+        """Where to write an object: in a folder of its own, since safetensors first writes a file of any name there."""
+        folder = self._partial_folder(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        try:
+            yield folder / path.name
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _partial_folder(self, path: Path) -> Path:
         return self.dir / "work" / f"{path.stem}.partial"
 
     @contextmanager
@@ -326,10 +363,10 @@ class FactorCache:
         for key in {path.stem for path in self.dir.glob("work/*.*")}:
             path = Path(key)
             with suppress(Timeout, OSError), self._lock(path, blocking=False):
-                partial = self._partial(path)
-                if partial.exists():
-                    freed += partial.stat().st_size
-                    partial.unlink()
+                folder = self._partial_folder(path)
+                size = sum(file.stat().st_size for file in folder.glob("*"))
+                shutil.rmtree(folder)
+                freed += size
         in_use(self.dir / "readers")
         return freed
 
@@ -351,6 +388,10 @@ class FactorCache:
                 f"factor cache {self.dir} cannot be written ({reason}): decompositions are not kept", stacklevel=4
             )
         self._writable = False
+
+
+def _rank(wanted: Wanted) -> str:
+    return "full" if wanted.rank is None else str(wanted.rank)
 
 
 def _read_ahead(path: Path) -> None:

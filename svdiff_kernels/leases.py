@@ -33,12 +33,24 @@ class Lease:
         self._keys.add(key)
         with suppress(OSError):
             if self._file is None:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                path = self._folder / f"{os.getpid()}-{uuid.uuid4().hex}"
-                self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC)
+                self._file = self._open()
                 weakref.finalize(self, os.close, self._file)
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.write(self._file, f"{key}\n".encode())
+
+    def _open(self) -> int:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            path = self._folder / f"{os.getpid()}-{uuid.uuid4().hex}"
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError:  # a file system without locks
+                os.close(file)
+                path.unlink(missing_ok=True)
+                raise
+            if os.fstat(file).st_nlink:
+                return file
+            os.close(file)  # before it was locked, `in_use` took it for one left behind
 
 
 @cache
@@ -51,7 +63,7 @@ def in_use(folder: Path) -> set[str]:
     """What living processes use; the files of those that are gone are deleted."""
     keys: set[str] = set()
     for path in folder.glob("*-*"):
-        with suppress(FileNotFoundError), path.open() as file:
+        with suppress(OSError), path.open() as file:  # another's, or on a file system without locks
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 path.unlink()

@@ -8,6 +8,7 @@ Rows of small singular values stay, since that product would lose them; see `sol
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,15 @@ LAYOUTS = ("full", "compact")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _CHUNK = 2**20  # elements converted at a time
+_threads = blake3.AUTO
+
+
+def _after_fork() -> None:
+    global _threads
+    _threads = 1  # BLAKE3 would wait for ever for the threads that its parent had started
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def content_hash(weight: Tensor) -> str:
@@ -35,7 +45,7 @@ def content_hash(weight: Tensor) -> str:
 
     So a weight hashes alike in fp16 and, holding the same values, in fp32.
     """
-    digest = blake3(str(tuple(weight.shape)).encode(), max_threads=blake3.AUTO)
+    digest = blake3(str(tuple(weight.shape)).encode(), max_threads=_threads)
     flat = weight.detach().reshape(-1)
     for chunk in [flat] if flat.is_cpu and flat.dtype == torch.float32 else flat.split(_CHUNK):
         _update(digest, chunk.to("cpu", torch.float32))
@@ -72,9 +82,9 @@ def write(path: Path, factors: Factors, *, content: str, rank: str, layout: str,
         "content": content,
         "shape": json.dumps([M, N]),
         "rank": rank,
-        "checksum": _checksum(tensors),
+        "dtype": str(dtype).removeprefix("torch."),
     }
-    save_file(tensors, path, metadata)
+    save_file(tensors, path, metadata | {"checksum": _checksum(tensors, metadata)})
 
 
 def read(path: Path, weight: Tensor) -> Factors:
@@ -109,11 +119,11 @@ def read_sigma(path: Path) -> Tensor:
 
 
 def describe(path: Path) -> dict[str, str]:
-    """The metadata of an object, and its dtype, without reading it through; errors as of `read`."""
+    """The metadata of an object, which is not read through; errors as of `read`."""
     with safe_open(path, framework="pt") as file:
         metadata = dict(file.metadata() or {})
         _check_version(metadata)
-        return metadata | {"dtype": file.get_slice("U").get_dtype()}
+        return metadata
 
 
 def check(path: Path) -> dict[str, str]:
@@ -126,7 +136,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         metadata = file.metadata() or {}
         _check_version(metadata)
         tensors = {name: file.get_tensor(name) for name in ("U", "sigma", "Vh")}
-    if _checksum(tensors) != metadata.get("checksum"):
+    if metadata.pop("checksum", None) != _checksum(tensors, metadata):
         raise SVDiffError("its checksum does not match")
     return tensors, metadata
 
@@ -145,14 +155,14 @@ def _long(short: Tensor, sigma: Tensor, A: Tensor, tail: Tensor, rebuilt: int) -
     return long
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    """BLAKE3 over the tensors' bytes, in order."""
-    digest = blake3(max_threads=blake3.AUTO)
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """BLAKE3 over the metadata and the tensors' bytes, in order."""
+    digest = blake3(json.dumps(metadata, sort_keys=True).encode(), max_threads=_threads)
     for tensor in tensors.values():
         _update(digest, tensor)
     return str(digest.hexdigest())
 
 
 def _update(digest: Any, tensor: Tensor) -> None:
-    content = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-    digest.update(content.data)
+    content: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    digest.update(memoryview(content))

@@ -6,8 +6,9 @@ A solver sees its weight lying down: ``A [m, X]`` with ``m <= X``, a standing we
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ def randomized(A: Tensor, rank: int, *, tolerance: float = 1e-3, max_iterations:
     m = A.shape[0]
     width = min(m, rank + max(16, rank // 4))
     A = A.to(torch.float64)
-    start = torch.randn(m, width, dtype=A.dtype, generator=torch.Generator().manual_seed(0))
+    start = torch.randn(m, width, dtype=A.dtype, device="cpu", generator=torch.Generator("cpu").manual_seed(0))
     basis = torch.linalg.qr(start.to(A.device)).Q
     energy, outside = A.square().sum(), float("inf")
     for _ in range(max_iterations):
@@ -97,18 +98,36 @@ def rows_by_product(sigma: Tensor, m: int) -> int:
     Rounding turns row i towards the first by about ``eps sigma[0] / (sqrt(m) sigma[i])``, times a little: at most 3e-6
     here, as measured for m from 64 to 1280.
     """
-    return int((sigma >= sigma[0] * (0.25 / m**0.5)).sum())
+    return int((sigma >= sigma[0] * (0.25 / m**0.5)).sum()) if sigma[0] > 0 else 0
 
 
 def by_product(short: Tensor, sigma: Tensor, A: Tensor) -> Tensor:
     """``long = short.T A / sigma``, in A's dtype and no less, whatever autocast and TF32 settings say."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(A.device.type, enabled=False):
-            return (short.T @ A).div_(sigma.to(A.dtype)[:, None])
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    with _full_precision(), torch.autocast(A.device.type, enabled=False):
+        return (short.T @ A).div_(sigma.to(A.dtype)[:, None])
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Products of fp32 in fp32, then the settings as they were."""
+    if hasattr(torch.backends.mkldnn, "matmul"):
+        # By backend: where a user has set one of these, torch refuses to read the older one for all of them.
+        switches: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+        before = [switch.fp32_precision for switch in switches]
+        try:
+            for switch in switches:
+                switch.fp32_precision = "ieee"
+            yield
+        finally:
+            for switch, precision in zip(switches, before, strict=True):
+                switch.fp32_precision = precision
+    else:  # torch 2.8
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
 
 
 def _gram_matrix(A: Tensor) -> Tensor:
@@ -146,7 +165,7 @@ def _from_short(short: Tensor, sigma: Tensor, A: Tensor) -> Thin:
 
 def _orthonormal_rows(long: Tensor, sigma: Tensor, needs_qr: float) -> tuple[Tensor, Tensor]:
     """``(sigma, long)`` from ``diag(sigma) long``, whose rows are orthogonal but for rounding."""
-    if sigma.min() >= needs_qr * sigma.max():
+    if 0 < sigma.min() >= needs_qr * sigma.max():
         return sigma, long / sigma[:, None]
     Q, R = torch.linalg.qr(long.T)  # R is diagonal up to rounding
     return R.diagonal().abs(), Q.T * torch.where(R.diagonal() < 0, -1.0, 1.0)[:, None]

@@ -39,6 +39,15 @@ NOISE = {
     ("residual", torch.float16): 0.00036,
 }
 
+# A decomposition in fp32, judged in fp64: |U diag(sigma) Vh - W| / |W|; U.T U - 1 and Vh Vh.T - 1, elementwise; sigma
+# against the largest. And how much more a truncated one may leave over than the best of its rank.
+SVD_RECONSTRUCTION, SVD_ORTHONORMALITY, SVD_SIGMA = 1e-6, 1e-5, 1e-6
+SVD_TRUNCATION = 1.01
+# The same in fp64, all three.
+SVD_FP64 = 1e-9
+# |U diag(sigma) Vh - W| / |W| of exact factors rounded to fp32 stays below this; no solver can be asked for less.
+SVD_FLOOR = 2.0**-23
+
 
 def relative(actual: Tensor, truth: Tensor) -> float:
     """``|actual - truth| / |truth|`` in the 2-norm; what must be zero counts absolutely."""

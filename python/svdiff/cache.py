@@ -130,7 +130,7 @@ def _listing(store: FactorCache) -> str:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(status.st_mtime))
         size = f"{status.st_size / 1e6:.1f} MB"
         shape = told["shape"].strip("[]").replace(", ", "x")
-        how = f"rank {told['rank']:>4}  {told['layout']:>7}  {told['dtype']:>4}"
+        how = f"rank {told['rank']:>4}  {told['layout']:>7}  {told['dtype']:>8}"
         lines.append(f"{path.stem[:12]}  {shape:>12}  {how}  {size:>9}  {used}")
     objects, size_in_all = store.size()
     return "\n".join([*lines, f"{objects} decompositions, {size_in_all:,} bytes, in {store.dir}"])
