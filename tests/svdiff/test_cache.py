@@ -120,7 +120,7 @@ def test_what_is_pulled_is_checked(command: Command, other: Command, base: Path,
     first, second, *_ = sorted((tmp_path / "shared").glob("objects/*/*"))
     shutil.copy(second, first)
     code, _, error = other("pull", base, tmp_path / "shared")
-    assert code == 2 and len(error.splitlines()) == 1 and first.name in error and "another weight" in error
+    assert code == 2 and len(error.splitlines()) == 1 and first.name in error and "not " in error
     first.write_bytes(first.read_bytes()[:-7])
     code, _, error = other("pull", base, tmp_path / "shared")
     assert code == 2 and "damaged" in error
