@@ -28,7 +28,7 @@ _LEVELS: dict[Level, str] = {
     "memory": "the most memory that a training step holds",
     "start": "from a base model to the end of the first step",
     "attach": "attaching, with the decompositions on disk, against reading them",
-    "svd": "decomposing all weights of a model, and reading them back",
+    "svd": "decomposing all weights of a model",
     "levers": "what changes that were not made would save",
 }
 _ON_CPUS = ("start", "attach", "levers")
@@ -65,7 +65,10 @@ class BenchConfig:
     lora_rank: int = field(default=16, metadata={"help": "rank of the LoRA on all the same layers"})
     rivals: list[str] = field(
         default_factory=lambda: ["lora", "naive", "frozen"],
-        metadata={"help": "unet, block, memory: what to measure against", "choices": RIVALS},
+        metadata={
+            "help": "unet, block, memory: what to measure against; svd: naive is LAPACK's SVD",
+            "choices": RIVALS,
+        },
     )
     memory_gb: float | None = field(default=None, metadata={"help": "memory: a contender fails beyond so much"})
     rounds: int = field(default=7, metadata={"help": "steps counted of each contender"})
