@@ -1,4 +1,4 @@
-"""Decomposing all weights of a model; the naive rival is LAPACK's SVD of each, in fp32, which existing code does at load.
+"""Decomposing all weights of a model; the naive rival is LAPACK's SVD of each in fp32, as existing code does at load.
 
 Batch by batch, each in every way before the next, so that a machine's drift hits all. One round of Stable Diffusion 1.5
 takes minutes, nearly all of them LAPACK's.
