@@ -244,6 +244,8 @@ class FactorCache:
                 yield one.name, factors
         if not missing:
             return
+        for one in missing:  # before minutes of work on others
+            as_matrix(one.weight, one.name)
         groups = [[missing[i] for i in batch] for batch in batches([one.weight for one in missing])]
         if self._prepare():
             yield from self._make(groups)

@@ -39,16 +39,17 @@ def layout_of(modules: Mapping[str, nn.Module], *, rank: int | None, one_dim: st
     """What a delta file for these modules holds; reads every weight once.
 
     Raises:
-        SVDiffError: a weight holds NaN or inf, or has no values yet.
+        SVDiffError: a weight has no values yet, or that of a norm holds NaN or inf; matrices are checked when they are
+            decomposed, and those whose decompositions are known need not be.
     """
     shapes, hashes = {}, {}
     for path, module in modules.items():
         weight = weight_of(module)
         if weight.is_meta:
             raise SVDiffError(f"{path}.weight has no values (it is on the meta device): load the model first")
-        if not is_finite(weight):
-            raise SVDiffError(f"the base model is damaged: {path}.weight holds NaN or inf")
         if type(module) in ONE_DIM_LAYERS:
+            if not is_finite(weight):
+                raise SVDiffError(f"the base model is damaged: {path}.weight holds NaN or inf")
             size = 1 if one_dim == "scalar" else weight.numel()
         else:
             size = min(weight.shape[0], weight[0].numel(), rank or weight.shape[0])

@@ -230,7 +230,7 @@ def test_a_damaged_weight_leaves_the_model_as_it_was(unet: Any, name: str, value
     with torch.no_grad():
         unet.get_parameter(name).view(-1)[3] = value
     before = {key: v.view(torch.int32) for key, v in snapshot(unet).items()}
-    with pytest.raises(SVDiffError, match=name.replace(".", r"\.")):
+    with pytest.raises(SVDiffError, match=name.removesuffix(".weight")):
         svdiff.attach(unet, cache=False)
     assert {key: v.view(torch.int32).sum() for key, v in unet.state_dict().items()} == {
         k: v.sum() for k, v in before.items()
