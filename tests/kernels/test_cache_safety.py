@@ -15,7 +15,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,16 @@ def alone(test: Test) -> Test:
         paths = [str(Path(svdiff_kernels.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, __file__, test.__name__, str(tmp_path)]
-        done = subprocess.run(command, env=env, timeout=200, stderr=subprocess.PIPE, text=True)
-        if done.returncode:
-            pytest.fail(done.stderr, pytrace=False)
+        errors = tmp_path / "errors"
+        with errors.open("w") as file:
+            process = subprocess.Popen(command, env=env, stderr=file, start_new_session=True)
+        try:
+            status = process.wait(timeout=200)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # and what it forked, if it failed
+        if status:
+            pytest.fail(errors.read_text(), pytrace=False)
 
     run.__name__ = test.__name__
     return run
