@@ -334,6 +334,26 @@ def test_processes_prune_at_once(tmp_path: Path) -> None:
 
 
 @alone
+def test_an_object_is_whole_from_the_moment_it_is_there(tmp_path: Path) -> None:
+    W, source, cache = torch.randn(300, 3000), FactorCache(tmp_path / "source", layout="full"), FactorCache(tmp_path)
+    source.get(W)
+    (origin,) = source.dir.glob("objects/*/*")
+    wanted = cache.wanted({"a": W})["a"]
+
+    def write() -> None:
+        for _ in range(100):
+            assert cache.add(origin, wanted)
+            wanted.path.unlink()
+
+    writer, seen = fork(write), 0
+    while os.waitid(os.P_PID, writer, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        with suppress(FileNotFoundError):
+            objects.check(wanted.path)
+            seen += 1
+    assert ended(writer) == 0 and seen > 5, seen
+
+
+@alone
 def test_a_forked_process_can_hash(tmp_path: Path) -> None:
     W = torch.randn(1000, 1000)
     content = content_hash(W)  # by threads that the child does not have
