@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +113,7 @@ def read(path: Path, weight: Tensor) -> Factors:
 
 def read_sigma(path: Path) -> Tensor:
     """The singular values alone, unchecked; errors as of `read`."""
-    with safe_open(path, framework="pt") as file:
-        _check_version(file.metadata() or {})
+    with _opened(path) as file:
         sigma: Tensor = file.get_tensor("sigma")
         return sigma
 
@@ -132,13 +132,24 @@ def check(path: Path) -> dict[str, str]:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        _check_version(metadata)
+    with _opened(path) as file:
+        metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in ("U", "sigma", "Vh")}
     if metadata.pop("checksum", None) != _checksum(tensors, metadata):
         raise SVDiffError("its checksum does not match")
     return tensors, metadata
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            _check_version(file.metadata() or {})
+            yield file
+    except RuntimeError as error:  # torch opens the file a second time; by then another process may have pruned it
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is gone") from error
+        raise SVDiffError(str(error)) from error
 
 
 def _check_version(metadata: Mapping[str, str]) -> None:

@@ -96,6 +96,8 @@ def test_second_time_is_read(decompositions: list[torch.Size]) -> None:
     assert same(first, second) and same(first, decompose(W))
     assert len(decompositions) == 1
     assert second.U.dtype == torch.float32
+    exact = torch.randn(13, 29, dtype=torch.float64)  # whoever is first, what was hashed is decomposed
+    assert same(FactorCache().get(exact), decompose(exact.float()))
 
 
 def test_rank_is_part_of_the_key(decompositions: list[torch.Size]) -> None:

@@ -15,7 +15,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,16 @@ def alone(test: Test) -> Test:
         paths = [str(Path(svdiff_kernels.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, __file__, test.__name__, str(tmp_path)]
-        done = subprocess.run(command, env=env, timeout=200, stderr=subprocess.PIPE, text=True)
-        if done.returncode:
-            pytest.fail(done.stderr, pytrace=False)
+        errors = tmp_path / "errors"
+        with errors.open("w") as file:
+            process = subprocess.Popen(command, env=env, stderr=file, start_new_session=True)
+        try:
+            status = process.wait(timeout=200)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # and what it forked, if it failed
+        if status:
+            pytest.fail(errors.read_text(), pytrace=False)
 
     run.__name__ = test.__name__
     return run
@@ -324,6 +331,26 @@ def test_processes_prune_at_once(tmp_path: Path) -> None:
     assert [ended(process) for process in processes] == [0] * 4
     assert FactorCache(folder).prune(0) >= 0 and FactorCache(folder).size() == (0, 0)
     assert names(folder, "work/*") == names(folder, "readers/*") == []
+
+
+@alone
+def test_an_object_is_whole_from_the_moment_it_is_there(tmp_path: Path) -> None:
+    W, source, cache = torch.randn(300, 3000), FactorCache(tmp_path / "source", layout="full"), FactorCache(tmp_path)
+    source.get(W)
+    (origin,) = source.dir.glob("objects/*/*")
+    wanted = cache.wanted({"a": W})["a"]
+
+    def write() -> None:
+        for _ in range(100):
+            assert cache.add(origin, wanted)
+            wanted.path.unlink()
+
+    writer, seen = fork(write), 0
+    while os.waitid(os.P_PID, writer, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        with suppress(FileNotFoundError):
+            objects.check(wanted.path)
+            seen += 1
+    assert ended(writer) == 0 and seen > 5, seen
 
 
 @alone
