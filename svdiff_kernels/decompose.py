@@ -190,7 +190,7 @@ def _factors(thin: solvers.Thin, tall: bool, rank: int, dtype: torch.dtype) -> F
     U, Vh = (long.T, short.T) if tall else (short, long)
     low, high = U.aminmax(dim=0)
     sign = torch.where(-low > high, -1.0, 1.0).to(U.dtype)
+    U.mul_(sign)
+    Vh.mul_(sign[:, None])
     wide = torch.promote_types(dtype, torch.float32)
-    return Factors(
-        (U * sign).to(dtype).contiguous(), sigma.to(wide).contiguous(), (Vh * sign[:, None]).to(dtype).contiguous()
-    )
+    return Factors(U.to(dtype).contiguous(), sigma.to(wide).contiguous(), Vh.to(dtype).contiguous())

@@ -161,7 +161,10 @@ def _check_version(metadata: Mapping[str, str]) -> None:
 def _long(short: Tensor, sigma: Tensor, A: Tensor, tail: Tensor, rebuilt: int) -> Tensor:
     """``[r, X]``: the rebuilt rows, then those that are stored."""
     long = tail.new_empty(len(sigma), A.shape[1])
-    long[:rebuilt] = solvers.by_product(short[:, :rebuilt].float(), sigma[:rebuilt], A.float())
+    head = long[:rebuilt] if long.dtype == torch.float32 else None
+    found = solvers.by_product(short[:, :rebuilt].float(), sigma[:rebuilt], A.float(), out=head)
+    if head is None:
+        long[:rebuilt] = found
     long[rebuilt:] = tail
     return long
 

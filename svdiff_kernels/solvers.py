@@ -25,7 +25,7 @@ _NEEDS_SVD = 1e-6
 
 
 class Thin(NamedTuple):
-    """``A = short diag(sigma) long``."""
+    """``A = short diag(sigma) long``, in memory of its own."""
 
     short: Tensor
     sigma: Tensor
@@ -101,10 +101,10 @@ def rows_by_product(sigma: Tensor, m: int) -> int:
     return int((sigma >= sigma[0] * (0.25 / m**0.5)).sum()) if sigma[0] > 0 else 0
 
 
-def by_product(short: Tensor, sigma: Tensor, A: Tensor) -> Tensor:
-    """``long = short.T A / sigma``, in A's dtype and no less, whatever autocast and TF32 settings say."""
+def by_product(short: Tensor, sigma: Tensor, A: Tensor, out: Tensor | None = None) -> Tensor:
+    """``long = short.T A / sigma``, in A's dtype and no less, whatever autocast and TF32 settings say; into `out`."""
     with _full_precision(), torch.autocast(A.device.type, enabled=False):
-        return (short.T @ A).div_(sigma.to(A.dtype)[:, None])
+        return torch.mm(short.T, A, out=out).div_(sigma.to(A.dtype)[:, None])
 
 
 @contextmanager
@@ -135,8 +135,11 @@ def _gram_matrix(A: Tensor) -> Tensor:
     m = A.shape[0]
     step = m if m < 512 else -(-m // 4)  # blocks above the diagonal are left out
     G = torch.zeros(m, m, dtype=torch.float64, device=A.device)
+    block = torch.empty(0, dtype=torch.float64, device=A.device)
     for columns in A.split(_COLUMNS, dim=1):
-        block = columns.to(torch.float64)
+        if block.shape != columns.shape:  # memory that the process has had before is faster than new one
+            block = torch.empty_like(columns, dtype=torch.float64)
+        block.copy_(columns)
         for i in range(0, m, step):
             G[i : i + step, : i + step].addmm_(block[i : i + step], block[: i + step].T)
     return G
@@ -156,7 +159,7 @@ def _from_short(short: Tensor, sigma: Tensor, A: Tensor) -> Thin:
         return Thin(thin.short.to(dtype), thin.sigma, thin.long.to(dtype))
     rounded, count = short.to(dtype), rows_by_product(sigma, m)
     long = A.new_empty(A.shape)
-    long[:count] = by_product(rounded[:, :count], sigma[:count], A)
+    by_product(rounded[:, :count], sigma[:count], A, out=long[:count])
     if count < m:
         for part, columns in zip(long[count:].split(_COLUMNS, 1), A.split(_COLUMNS, 1), strict=True):
             part.copy_(by_product(short[:, count:], sigma[count:], columns.to(torch.float64)))

@@ -312,7 +312,7 @@ class Products(TorchDispatchMode):
         self.seen: list[list[str]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.mm.default and args[0].dtype == torch.float32:
+        if func.overloadpacket is torch.ops.aten.mm and args[0].dtype == torch.float32:
             self.seen.append(precisions())
         return func(*args, **(kwargs or {}))
 
