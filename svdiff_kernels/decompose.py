@@ -119,7 +119,7 @@ def batches(weights: Sequence[Tensor]) -> list[list[int]]:
 def cost(weight: Tensor) -> float:
     """About how much arithmetic a full decomposition takes: what a bar counts, where a weight is no good measure."""
     m = _short_side(weight)
-    return 4.0 * m * weight.numel() + 40.0 * m**3  # eigenvectors run at a fifth of a product's rate
+    return 4.0 * m * weight.numel() + 40.0 * m**3  # of eigenvectors, which wait for memory, more than their count
 
 
 def as_matrix(weight: Tensor, name: str | None = None, *, check_values: bool = True) -> Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 RESOLUTION = 16
 
@@ -98,3 +99,23 @@ def unet_inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch
     x = torch.randn(2, 4, 8, 8, generator=rng).to(dtype)
     context = torch.randn(2, 5, 12, generator=rng).to(dtype)
     return x, torch.tensor([3, 700]), context
+
+
+@torch.no_grad()
+def output(unet: Any) -> Tensor:
+    """What a tiny UNet makes of `unet_inputs`."""
+    x, t, context = unet_inputs()
+    return unet(x.to(unet.dtype), t, context.to(unet.dtype)).sample
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of all that a model holds, for `assert_unchanged`."""
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_unchanged(model: nn.Module, before: dict[str, Tensor]) -> None:
+    """Fail unless the model holds what it held, to the bit."""
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    for name, value in before.items():
+        assert torch.equal(after[name], value), name

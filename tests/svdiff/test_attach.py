@@ -13,29 +13,12 @@ import pytest
 import svdiff
 import torch
 import torch.nn.functional as F
-from tiny import tiny_text_encoder, tiny_unet, unet_inputs
+from tiny import assert_unchanged, output, snapshot, tiny_text_encoder, tiny_unet, unet_inputs
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from svdiff_kernels import FactorCache, SVDiffError
 from svdiff_kernels import nn as snn
-
-
-def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def assert_unchanged(model: nn.Module, before: dict[str, Tensor]) -> None:
-    after = model.state_dict()
-    assert after.keys() == before.keys()
-    for name, value in before.items():
-        assert torch.equal(after[name], value), name
-
-
-@torch.no_grad()
-def output(unet: Any) -> Tensor:
-    x, t, context = unet_inputs()
-    return unet(x.to(unet.dtype), t, context.to(unet.dtype)).sample
 
 
 def shift(adapter: svdiff.Adapter, size: float = 0.02) -> None:

@@ -10,25 +10,11 @@ import pytest
 import svdiff
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import unet_inputs
-from torch import Tensor, nn
+from tiny import assert_unchanged, output, snapshot
+from torch import nn
 
 from svdiff_kernels import FactorCache
 from svdiff_kernels import nn as snn
-
-
-@torch.no_grad()
-def output(unet: Any) -> Tensor:
-    return unet(*unet_inputs()).sample
-
-
-def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def assert_unchanged(model: nn.Module, before: dict[str, Tensor]) -> None:
-    after = model.state_dict()
-    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
 
 
 def deferred(model: nn.Module) -> list[str]:
