@@ -163,10 +163,9 @@ class FactorCache:
             How many bytes were freed.
         """
         limit = self.max_bytes if max_bytes is None else max_bytes
-        freed = self._sweep()
+        freed, kept = self._sweep(), in_use(self.dir / "readers")
         if limit is None:
             return freed
-        kept = in_use(self.dir / "readers")
         entries = self._statuses()
         total = sum(status.st_size for _, status in entries)
         for path, status in sorted(entries, key=lambda entry: entry[1].st_mtime_ns):
@@ -369,7 +368,6 @@ class FactorCache:
                 size = sum(file.stat().st_size for file in folder.glob("*"))
                 shutil.rmtree(folder)
                 freed += size
-        in_use(self.dir / "readers")
         return freed
 
     def _prepare(self) -> bool:

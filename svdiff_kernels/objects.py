@@ -66,7 +66,7 @@ def write(path: Path, factors: Factors, *, content: str, rank: str, layout: str,
     """
     M, N = factors.shape
     rebuilt = solvers.rows_by_product(factors.sigma, min(M, N)) if layout == "compact" else 0
-    if M == N and rebuilt == 0:
+    if rebuilt == 0:  # nothing can be left out
         layout = "full"
     U, Vh = (factors.U, factors.Vh[rebuilt:]) if M <= N else (factors.U[:, rebuilt:], factors.Vh)
     tensors = {
