@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import uuid
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -177,12 +178,12 @@ class FactorCache:
                 freed += status.st_size
         return freed
 
-    def entries(self) -> list[tuple[Path, dict[str, str]]]:
-        """Every object with its metadata (see `objects.describe`), the last used first; damaged ones are left out."""
+    def entries(self) -> list[tuple[Path, os.stat_result, dict[str, str]]]:
+        """Every object, its status and metadata (see `objects.describe`), the last used first; no damaged ones."""
         found = []
-        for path in sorted(self._objects(), key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        for path, status in sorted(self._statuses(), key=lambda entry: entry[1].st_mtime_ns, reverse=True):
             with suppress(*_DAMAGED):
-                found.append((path, objects.describe(path)))
+                found.append((path, status, objects.describe(path)))
         return found
 
     def size(self) -> tuple[int, int]:
@@ -210,8 +211,7 @@ class FactorCache:
             if metadata[name] != value:
                 what = f"{name} {metadata[name]}, not {value}"
                 raise SVDiffError(f"{source} is not the decomposition of {wanted.name} that is wanted: {what}")
-        if not self._prepare():
-            raise SVDiffError(f"factor cache {self.dir} cannot be written")
+        self._require_writable()
         with self._lock(wanted.path):
             if wanted.path.exists():
                 return False
@@ -219,6 +219,18 @@ class FactorCache:
                 shutil.copyfile(source, partial)
                 self._publish(partial, wanted.path)
         return True
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A folder beside the objects, deleted at the end; if this process is killed, by whoever comes next.
+
+        Raises:
+            SVDiffError: nothing can be written here.
+        """
+        self._require_writable()
+        path = Path(uuid.uuid4().hex)
+        with self._lock(path), self._partial_folder(path) as folder:
+            yield folder
 
     def _wanted(self, name: str, weight: Tensor, rank: int | None, content: str | None) -> Wanted:
         short = min(as_matrix(weight, name, check_values=False).shape)
@@ -236,7 +248,7 @@ class FactorCache:
         for i, one in enumerate(wanted):
             for ahead in wanted[i + _AHEAD : i + _AHEAD + 1] if i else wanted[: _AHEAD + 1]:
                 _read_ahead(ahead.path)
-            factors = self._read(one)
+            factors = self._read(one, warn=True)
             if factors is None:
                 missing.append(one)
             else:
@@ -280,7 +292,7 @@ class FactorCache:
         return True
 
     def _make_locked(self, group: Sequence[Wanted]) -> list[tuple[str, Factors]]:
-        found = {one.name: self._read(one, warn=True) for one in group}  # another process may have been first
+        found = {one.name: self._read(one) for one in group}  # another process may have been first
         for one, factors in self._compute([one for one in group if found[one.name] is None]):
             found[one.name] = self._write(one, factors)
         return [(name, factors) for name, factors in found.items() if factors is not None]
@@ -299,7 +311,7 @@ class FactorCache:
             return None
         except _DAMAGED as error:
             if warn:
-                warnings.warn(f"factor cache: {wanted.path} is damaged ({error}) and is made again", stacklevel=3)
+                warnings.warn(f"factor cache: {wanted.path} is damaged ({error}) and is made again", stacklevel=4)
             return None
         with suppress(OSError):
             os.utime(wanted.path)  # the time of use, for prune
@@ -337,15 +349,20 @@ class FactorCache:
     @contextmanager
     def _partial(self, path: Path) -> Iterator[Path]:
         """Where to write an object: in a folder of its own, since safetensors first writes a file of any name there."""
-        folder = self._partial_folder(path)
+        with self._partial_folder(path) as folder:
+            yield folder / path.name
+
+    @contextmanager
+    def _partial_folder(self, path: Path) -> Iterator[Path]:
+        folder = self._partial_path(path)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         try:
-            yield folder / path.name
+            yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _partial_folder(self, path: Path) -> Path:
+    def _partial_path(self, path: Path) -> Path:
         return self.dir / "work" / f"{path.stem}.partial"
 
     @contextmanager
@@ -364,8 +381,8 @@ class FactorCache:
         for key in {path.stem for path in self.dir.glob("work/*.*")}:
             path = Path(key)
             with suppress(Timeout, OSError), self._lock(path, blocking=False):
-                folder = self._partial_folder(path)
-                size = sum(file.stat().st_size for file in folder.glob("*"))
+                folder = self._partial_path(path)
+                size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
                 shutil.rmtree(folder)
                 freed += size
         return freed
@@ -380,6 +397,10 @@ class FactorCache:
             except OSError as error:
                 self._give_up(error)
         return bool(self._writable)
+
+    def _require_writable(self) -> None:
+        if not self._prepare():
+            raise SVDiffError(f"factor cache {self.dir} cannot be written")
 
     def _give_up(self, error: Exception) -> None:
         if self._writable is not False:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -107,9 +108,18 @@ def by_product(short: Tensor, sigma: Tensor, A: Tensor, out: Tensor | None = Non
         return torch.mm(short.T, A, out=out).div_(sigma.to(A.dtype)[:, None])
 
 
+_switching = Lock()  # the settings are the whole process's: two threads would put back each other's
+
+
 @contextmanager
 def _full_precision() -> Iterator[None]:
     """Products of fp32 in fp32, then the settings as they were."""
+    with _switching, _ieee_products():
+        yield
+
+
+@contextmanager
+def _ieee_products() -> Iterator[None]:
     if hasattr(torch.backends.mkldnn, "matmul"):
         # By backend: where a user has set one of these, torch refuses to read the older one for all of them.
         switches: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]

@@ -14,8 +14,9 @@ from torch import Tensor
 from svdiff_kernels import FactorCache, SVDiffError
 from svdiff_kernels.decompose import cost
 
-from .attached import MATRIX_LAYERS, weight_of
+from .attached import weight_of
 from .pipelines import denoiser_of, load_pipeline, text_encoders_of
+from .processes import is_first
 from .progress import arithmetic_bar
 from .sharing import place_of, pull, push
 from .targets import select
@@ -93,13 +94,12 @@ def build(store: FactorCache, weights: Mapping[str, Tensor], rank: int | None = 
     Under torchrun or ``accelerate launch`` every process does this. They share the work by the locks of the store,
     which must then be one folder for all machines; only the first process reports.
     """
-    is_first = os.environ.get("RANK", "0") == "0"
     costs = {name: cost(weight) for name, weight in weights.items()}
-    with arithmetic_bar(sum(costs.values()), "Decomposing", disable=not is_first) as bar:
+    with arithmetic_bar(sum(costs.values()), "Decomposing") as bar:
         for name, _ in store.iterate(weights, rank):
             bar.advance(costs[name])
     store.prune()
-    if not is_first:
+    if not is_first():
         return None
     objects, size = store.size()
     return f"all {len(weights)} weights are decomposed; {objects} decompositions, {size:,} bytes, in {store.dir}"
@@ -119,14 +119,12 @@ def _weights(config: CacheConfig) -> dict[str, Tensor]:
         f"{role}.{path}": weight_of(module).detach()
         for role, model in parts.items()
         for path, module in select(model, one_dim=False, embeddings=role != "denoiser").items()
-        if type(module) in MATRIX_LAYERS
     }
 
 
 def _listing(store: FactorCache) -> str:
     lines = []
-    for path, told in store.entries():
-        status = path.stat()
+    for path, status, told in store.entries():
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(status.st_mtime))
         size = f"{status.st_size / 1e6:.1f} MB"
         shape = told["shape"].strip("[]").replace(", ", "x")

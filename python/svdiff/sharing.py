@@ -6,7 +6,6 @@ A remote is laid out as a cache is (``objects/...``), so that any cache director
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -83,13 +82,12 @@ def pull(store: FactorCache, wanted: Mapping[str, Wanted], place: Place) -> str:
     if isinstance(place, Path):
         taken = _take(store, needed, place)
     else:
-        store.dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=store.dir, prefix="pull-") as partial, _hub_errors(place):
+        with store.scratch() as partial, _hub_errors(place):
             from huggingface_hub import snapshot_download
 
             patterns = [_relative(one, store) for one in needed.values()]
             snapshot_download(place, allow_patterns=patterns, local_dir=partial)
-            taken = _take(store, needed, Path(partial))
+            taken = _take(store, needed, partial)
     lacking = len(needed) - taken
     if not taken:
         raise SVDiffError(f"{place} has no decomposition that this model lacks: was it made of these very weights?")

@@ -401,6 +401,15 @@ def test_a_file_system_without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
         assert cache.prune(0) > 0
 
 
+def test_damage_in_a_read_only_cache_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, W = FactorCache(), torch.randn(13, 29)
+    expected = copied(cache.get(W))
+    damage(only_object(cache), "flipped bit")
+    monkeypatch.setattr(FactorCache, "_prepare", lambda _: False)
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert same(cache.get(W), expected)
+
+
 def test_hits_in_a_read_only_cache(monkeypatch: pytest.MonkeyPatch, quiet: None) -> None:
     weights = {f"{i}": torch.randn(13, 29 + i) for i in range(3)}
     expected = FactorCache().get_many(weights)
@@ -527,8 +536,8 @@ def test_leftovers_of_killed_processes_go(sweep: Callable[[FactorCache], Any]) -
     cache.get(torch.randn(13, 29))
     work, readers = cache.dir / "work", cache.dir / "readers"
     for name in ("a.partial", "c.partial", "held.partial"):
-        (work / name).mkdir()
-        (work / name / ".any").write_bytes(b"123")
+        (work / name / "sub").mkdir(parents=True)
+        (work / name / "sub" / ".any").write_bytes(b"123")
     for name in ("a.lock", "b.lock"):
         (work / name).touch()
     (readers / "1-dead").write_text("a\n")
@@ -538,6 +547,15 @@ def test_leftovers_of_killed_processes_go(sweep: Callable[[FactorCache], Any]) -
     assert not (readers / "1-dead").exists() and len(list(readers.iterdir())) == 1
     assert cache.prune() == 3
     assert list(work.iterdir()) == []
+
+
+def test_scratch_stays_while_it_is_used() -> None:
+    cache = FactorCache()
+    with cache.scratch() as folder:
+        (folder / "any").write_bytes(b"123")
+        assert cache.prune() == 0 and FactorCache().prune() == 0
+        assert (folder / "any").exists()
+    assert list((cache.dir / "work").iterdir()) == []
 
 
 def test_objects_may_vanish_while_they_are_looked_at(monkeypatch: pytest.MonkeyPatch, quiet: None) -> None:

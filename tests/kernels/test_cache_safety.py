@@ -1,7 +1,4 @@
-"""FactorCache between processes: killed, at once, short of disk, pruning what others use.
-
-Each test runs in a process of its own, which has computed nothing by several threads and so can be forked.
-"""
+"""FactorCache between processes: killed, at once, short of disk, pruning what others use."""
 
 from __future__ import annotations
 
@@ -9,96 +6,21 @@ import os
 import random
 import resource
 import signal
-import subprocess
-import sys
 import time
-import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
+from processes import Signal, alone, ended, fork, killed, run_alone
 from torch import Tensor
 
-import svdiff_kernels
 from svdiff_kernels import FactorCache, Factors, decompose, objects
 from svdiff_kernels import cache as cache_module
 from svdiff_kernels.decompose import decomposed
 from svdiff_kernels.objects import content_hash
-
-Test = Callable[[Path], None]
-ALONE: dict[str, Test] = {}
-
-
-def alone(test: Test) -> Test:
-    ALONE[test.__name__] = test
-
-    def run(tmp_path: Path) -> None:
-        paths = [str(Path(svdiff_kernels.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-        env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, __file__, test.__name__, str(tmp_path)]
-        errors = tmp_path / "errors"
-        with errors.open("w") as file:
-            process = subprocess.Popen(command, env=env, stderr=file, start_new_session=True)
-        try:
-            status = process.wait(timeout=200)
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # and what it forked, if it failed
-        if status:
-            pytest.fail(errors.read_text(), pytrace=False)
-
-    run.__name__ = test.__name__
-    return run
-
-
-def fork(work: Callable[[], Any]) -> int:
-    """A process that does this; a warning is an error there."""
-    process = os.fork()
-    if process == 0:
-        status = 1
-        try:
-            warnings.simplefilter("error")
-            work()
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    return process
-
-
-def ended(process: int, seconds: float = 60) -> int:
-    """How it ended: 0, or -9 if it was killed."""
-    for _ in range(int(seconds * 200)):
-        found, status = os.waitpid(process, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.005)
-    os.kill(process, signal.SIGKILL)
-    os.waitpid(process, 0)
-    raise AssertionError(f"it still runs after {seconds} s")
-
-
-def killed(process: int) -> int:
-    os.kill(process, signal.SIGKILL)
-    return ended(process)
-
-
-class Signal:
-    """Given by one process, waited for by others."""
-
-    def __init__(self) -> None:
-        self._read, self._write = os.pipe()
-
-    def give(self) -> None:
-        os.write(self._write, b"." * 100)
-
-    def wait(self) -> None:
-        assert os.read(self._read, 1)
 
 
 def model() -> dict[str, Tensor]:
@@ -365,5 +287,4 @@ def test_a_forked_process_can_hash(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    ALONE[sys.argv[1]](Path(sys.argv[2]))
+    run_alone()

@@ -168,7 +168,7 @@ def test_one_repository_serves_all(
     }
     assert other("pull", base, "somebody/factors")[0] == 0
     assert other("verify")[1] == f"{len(denoiser_weights(base))} decompositions, all sound"
-    assert [path.name for path in other.folder.iterdir() if path.name.startswith("pull")] == []
+    assert list((other.folder / "work").iterdir()) == []
     code, _, error = other("pull", base, "somebody/nothing", "--rank", "2")
     assert code == 2 and "no decomposition that this model lacks" in error
 
