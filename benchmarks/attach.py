@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from svdiff_kernels import FactorCache
 
 from . import baselines, registry, runner
-from .models import random_unet
+from .models import make_distinct, random_unet
 
 _OURS = "attach, full layout"
 _CHUNK = 2**26  # about a weight: memory that the process has had before takes bytes faster than new one
@@ -37,9 +37,7 @@ def run(bench: BenchConfig) -> list[runner.Timing]:
     with tempfile.TemporaryDirectory(dir=".") as place:
         folder = Path(place)
         model = random_unet(config, runner.DTYPES[bench.dtype])
-        for parameter in model.parameters():  # layers of one shape must differ, or one decomposition would serve them
-            if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+        make_distinct(model)
         model.save_pretrained(folder / "unet")
         del model
 

@@ -45,6 +45,13 @@ def random_unet(config: Path, dtype: torch.dtype, device: str = "cpu") -> Any:
     return model
 
 
+def make_distinct(model: nn.Module) -> None:
+    """Give layers of one shape weights of their own, or one decomposition would serve them all."""
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+
+
 class Call(NamedTuple):
     """What a module was given in a forward pass."""
 

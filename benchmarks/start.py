@@ -21,6 +21,7 @@ from svdiff_kernels import FactorCache, Factors, SVDiffError
 
 from . import child, runner
 from .contenders import Contenders, training_step
+from .models import make_distinct
 
 WAYS = {
     "warm": f"{runner.OURS}, decompositions on disk",
@@ -63,6 +64,7 @@ def main() -> None:
     bench, (way, folder) = child.settings()
     contenders = Contenders(bench)
     inputs, model = contenders.inputs(), contenders.dense
+    make_distinct(model)
     start = time.perf_counter()
     if way == "lora":
         model, parameters = contenders.rival("lora")
