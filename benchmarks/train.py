@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
+import numpy as np
 import svdiff
 import torch
+from PIL import Image
 from svdiff.bench import BenchConfig
-from svdiff.dreambooth import DreamBooth
 from svdiff.miniature import load_pipeline
-from svdiff.sources import Captions, Latents
+from svdiff.training.data import Loaded
+from svdiff.training.dreambooth import DreamBooth, Pool
+from svdiff.training.families import family_of
+from svdiff.training.noising import Diffusion
+from svdiff.training.sources import Captions, Latents
 from torch import nn
 
 from svdiff_kernels import FactorCache
@@ -53,8 +59,10 @@ def _step(bench: BenchConfig, way: str) -> runner.Step:
         pipeline.text_encoder.get_input_embeddings().weight.requires_grad_()
     optimizer = torch.optim.AdamW(parameters, lr=1e-4) if parameters else None
 
+    batches = itertools.count()
+
     def step() -> None:
-        objective.loss(*objective.draw()).backward()
+        objective.loss(*objective.draw(next(batches))).backward()
         if optimizer:
             optimizer.step()
             optimizer.zero_grad()
@@ -63,19 +71,21 @@ def _step(bench: BenchConfig, way: str) -> runner.Step:
 
 
 def _objective(pipeline: Any, batch: int) -> DreamBooth:
-    from diffusers import DDPMScheduler
-
-    torch.manual_seed(0)
-    images = [torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8) for _ in range(_PICTURES)]
+    rng, size = np.random.default_rng(0), (64, 64)
+    pixels = rng.integers(0, 256, (_PICTURES, *size, 3), dtype=np.uint8)
+    pictures = [Loaded(Image.fromarray(one), size, size) for one in pixels]
     captions = ["sks toy", "toy"] * (_PICTURES // 2)
-    return DreamBooth(
-        pipeline.unet,
-        DDPMScheduler.from_config(pipeline.scheduler.config),
-        Latents(pipeline.vae, images, 64, center_crop=True, random_flip=False, cache=True),
-        Captions(pipeline.tokenizer, pipeline.text_encoder, captions, cache=False),
-        num_instance=_PICTURES // 2,
-        num_class=_PICTURES // 2,
+    family, half = family_of(pipeline), _PICTURES // 2
+    objective = DreamBooth(
+        family,
+        Diffusion(pipeline.scheduler),
+        Latents(pipeline.vae, pictures, center_crop=True, cache=True),
+        Captions(family, ["sks toy", "toy"], trained=["text_encoder"]),
+        [
+            Pool("instance", range(half), pictures, captions, None, 0),
+            Pool("class", range(half, _PICTURES), pictures, captions, None, 0),
+        ],
         batch_size=batch,
-        prior_weight=1.0,
-        rng=torch.Generator().manual_seed(0),
     )
+    objective.prepare()
+    return objective

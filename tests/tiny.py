@@ -32,26 +32,27 @@ def tiny_unet(**changes: Any) -> Any:
     return UNet2DConditionModel(**{**config, **changes}).eval()
 
 
-def tiny_text_encoder() -> Any:
-    """CLIP's text encoder, two narrow layers of it."""
-    from transformers import CLIPTextConfig, CLIPTextModel
+def tiny_text_encoder(**changes: Any) -> Any:
+    """CLIP's text encoder, two narrow layers of it; with a projection if `projection_dim` is given."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     torch.manual_seed(1)
-    config = CLIPTextConfig(
-        vocab_size=64,
-        hidden_size=12,
-        intermediate_size=20,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    return CLIPTextModel(config).eval()
+    config = {
+        "vocab_size": 64,
+        "hidden_size": 12,
+        "intermediate_size": 20,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 16,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
+    kind = CLIPTextModelWithProjection if "projection_dim" in changes else CLIPTextModel
+    return kind(CLIPTextConfig(**{**config, **changes})).eval()
 
 
-def tiny_tokenizer(folder: Path) -> Any:
+def tiny_tokenizer(folder: Path, **changes: Any) -> Any:
     """CLIP's tokenizer over single characters."""
     from transformers import CLIPTokenizer
 
@@ -59,22 +60,23 @@ def tiny_tokenizer(folder: Path) -> Any:
     tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16, **changes)
 
 
-def tiny_vae() -> Any:
+def tiny_vae(**changes: Any) -> Any:
     """AutoencoderKL that halves each side."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(2)
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(4, 8),
-        latent_channels=4,
-        norm_num_groups=2,
-        sample_size=RESOLUTION,
-    ).eval()
+    config = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "block_out_channels": (4, 8),
+        "latent_channels": 4,
+        "norm_num_groups": 2,
+        "sample_size": RESOLUTION,
+    }
+    return AutoencoderKL(**{**config, **changes}).eval()
 
 
 def tiny_pipeline(folder: Path) -> Any:

@@ -33,13 +33,22 @@ class Adapter:
         self._lot = lot
         self._left_out = left_out
 
-    def param_groups(self, lr: float = 1e-3, lr_1d: float = 1e-6) -> list[dict[str, Any]]:
-        """What trains, as groups for an optimiser: matrices at rate `lr`, weights of norms at `lr_1d`."""
-        pairs = [part.bank.parameters_of(TRAINED) for part in self._attached()]
-        groups = [
-            {"params": [p for p in parameters if p.numel()], "lr": rate}
-            for parameters, rate in zip(zip(*pairs, strict=True), (lr, lr_1d), strict=True)
-        ]
+    def param_groups(
+        self, lr: float = 1e-3, lr_1d: float = 1e-6, *, lr_text_encoder: float | None = None
+    ) -> list[dict[str, Any]]:
+        """What trains, as groups for an optimiser.
+
+        Args:
+            lr: rate of matrices.
+            lr_1d: rate of the weights of norms.
+            lr_text_encoder: rate of text encoders' matrices; `lr` if None.
+        """
+        rates: dict[float, list[Tensor]] = {}
+        for part in self._attached():
+            own = lr if part.role == "denoiser" or lr_text_encoder is None else lr_text_encoder
+            for parameter, rate in zip(part.bank.parameters_of(TRAINED), (own, lr_1d), strict=True):
+                rates.setdefault(rate, []).append(parameter)
+        groups = [{"params": [p for p in found if p.numel()], "lr": rate} for rate, found in rates.items()]
         return [group for group in groups if group["params"]]
 
     def num_parameters(self) -> int:

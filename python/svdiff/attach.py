@@ -34,7 +34,7 @@ def attach(
     form: Form = "auto",
     one_dim: OneDim = "vector",
     cache: FactorCache | bool | None = None,
-    text_encoder: bool = False,
+    text_encoder: bool | Collection[str] = False,
     lazy: bool = False,
 ) -> Adapter:
     """Give a model's layers spectral shifts: one trainable, active adapter "default", at zero.
@@ -51,7 +51,7 @@ def attach(
             "recomposed" (rebuilt in every call), or "auto": residual below full rank, else factored.
         one_dim: weights of norms as vectors, as one scalar each (svdiff-pytorch's way), or not at all ("none").
         cache: where decompositions are kept; None or True is the user's cache, False is none.
-        text_encoder: of a pipeline, take the text encoders too.
+        text_encoder: of a pipeline, take the text encoders too; or those named, such as ``["text_encoder_2"]``.
         lazy: let each layer load what the cache has of it when it first computes, instead of now; its weight stays in
             memory until then. What the cache lacks is decomposed now.
 
@@ -73,7 +73,7 @@ def attach(
             embeddings=role != "denoiser",
         )
         for role, model in models.items()
-        if lone or text_encoder or role == "denoiser"
+        if lone or role == "denoiser" or text_encoder is True or (text_encoder and role in text_encoder)
     }
     base_model = _base_model_of(model_or_pipeline)
     layouts = {

@@ -11,7 +11,20 @@ from typing import Any, Literal
 from svdiff_kernels import SVDiffError
 
 Level = Literal[
-    "unet", "block", "layer", "sweep", "op", "overhead", "infer", "train", "memory", "start", "attach", "svd", "levers"
+    "unet",
+    "block",
+    "layer",
+    "sweep",
+    "op",
+    "overhead",
+    "infer",
+    "train",
+    "loop",
+    "memory",
+    "start",
+    "attach",
+    "svd",
+    "levers",
 ]
 RIVALS = ("lora", "lora-attention", "lora-compiled", "naive", "broadcast", "parametrize", "frozen")
 """What a UNet is measured against; the last does nothing but pass gradients on."""
@@ -25,14 +38,15 @@ _LEVELS: dict[Level, str] = {
     "overhead": "what a call costs before any arithmetic",
     "infer": "a forward pass with another fine-tune for every sample",
     "train": "a step of svdiff train on the miniature",
+    "loop": "what svdiff train adds to a step of a whole pipeline, and its start",
     "memory": "the most memory that a training step holds",
     "start": "from a base model to the end of the first step",
     "attach": "attaching, with the decompositions on disk, against reading them",
     "svd": "decomposing all weights of a model",
     "levers": "what changes that were not made would save",
 }
-_ON_CPUS = ("start", "attach", "levers")
-_OF_A_UNET = ("unet", "block", "infer", "memory", "start", "attach", "levers")
+_ON_CPUS = ("loop", "start", "attach", "levers")
+_OF_A_UNET = ("unet", "block", "infer", "memory", "loop", "start", "attach", "levers")
 _QUICK_CONFIG, _QUICK_LATENTS, _QUICK_ROUNDS = "quick_unet.json", 16, 40
 # Not the naive one: it takes half of the time, and its own noise would make the comparison uncertain.
 _QUICK_RIVALS = ("lora", "frozen")

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -53,15 +55,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     _quieten_libraries()
     from svdiff_kernels import SVDiffError  # from here on imports take seconds
 
+    from .processes import FailedElsewhereError, is_first
+
     try:
         command = COMMANDS[name]
         module = importlib.import_module(command.module)
         config = _parse(name, command, getattr(module, command.config), argv[1:])
         function: Callable[[Any], object] = getattr(module, command.function)
         result = function(config)
-        if result is not None:
+        if result is not None and is_first():
             print(result)
         return 0
+    except FailedElsewhereError:
+        return 2
     except SVDiffError as error:
         print(f"svdiff: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -73,7 +79,8 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose complaint is one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"svdiff: error: {message} (see {self.prog} --help)\n")
+        told = os.environ.get("LOCAL_RANK", "0") == "0"  # of several processes one a machine
+        self.exit(2, f"svdiff: error: {message} (see {self.prog} --help)\n" if told else None)
 
 
 def _command_name(argv: list[str]) -> str:
@@ -100,21 +107,74 @@ def _parse(name: str, command: Command, config: Any, argv: list[str]) -> Any:
         if not argv or argv[0].startswith("-"):
             break
         named += [f"--{flag}", argv.pop(0)]
-    argv = named + argv
     make_parser: Any = ConfigParser  # mypy sees the other base's arguments
-    parser = make_parser(config, prog=f"svdiff {name}", description=command.summary, allow_abbrev=False)
+    parser = make_parser(
+        config,
+        prog=f"svdiff {name}",
+        description=command.summary,
+        epilog="--config FILE reads flags from a YAML file; those on the command line come after",
+        allow_abbrev=False,
+    )
+    argv = named + _with_config_file(argv, {action.dest for action in parser._actions})
     parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
         parser.error(f"unknown argument {unknown[0]}")
     return parsed
 
 
+def _with_config_file(argv: list[str], known: set[str]) -> list[str]:
+    """The arguments with those of ``--config FILE`` put in front."""
+    if "config" in known or not any(argument.split("=")[0] == "--config" for argument in argv):
+        return argv
+    from svdiff_kernels import SVDiffError
+
+    finder = _Parser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", required=True)
+    found, rest = finder.parse_known_args(argv)
+    flags: list[str] = []
+    for key, value in _read_settings(found.config).items():
+        if key not in known:
+            raise SVDiffError(f"{found.config}: there is no setting {key!r}")
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(one, str) for one in values):
+            raise SVDiffError(f"{found.config}: {key} must be a value, or a list of values")
+        if len(values) == 1:
+            flags.append(f"--{key}={values[0]}")  # even if it begins with a dash
+        elif values:
+            flags += [f"--{key}", *values]
+    return flags + rest
+
+
+def _read_settings(path: str) -> dict[str, Any]:
+    """A YAML file's values as they are written there: ``mixed_precision: no`` means "no", as on the command line."""
+    import yaml
+
+    from svdiff_kernels import SVDiffError
+
+    class AsWritten(yaml.BaseLoader):
+        pass
+
+    null = "tag:yaml.org,2002:null"
+    AsWritten.add_implicit_resolver(null, re.compile("null|~|$"), ["n", "~", ""])
+    AsWritten.add_constructor(null, lambda loader, node: None)
+    try:
+        with open(path, encoding="utf-8") as file:
+            settings = yaml.load(file, AsWritten)  # makes texts, lists and dictionaries, nothing else
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SVDiffError(f"cannot read the settings in {path}: {reason}") from error
+    if not isinstance(settings, dict):
+        raise SVDiffError(f"{path} must hold settings, one a line, such as seed: 1")
+    return settings
+
+
 def _quieten_libraries() -> None:
     """Other libraries' notices and bars would bury ours."""
     for variable in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(variable, "critical")
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on some CPUs it asks for a kernel that we never use
     warnings.simplefilter("ignore", FutureWarning)
     warnings.simplefilter("ignore", DeprecationWarning)
     warnings.showwarning = lambda message, *_, **__: print(f"svdiff: warning: {message}", file=sys.stderr)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,16 +14,16 @@ from PIL import Image, ImageDraw, ImageFont
 from svdiff_kernels import SVDiffError
 
 from .attach import load
-from .miniature import load_pipeline, recogniser, world
-from .miniature.evaluate import GUIDANCE, STEPS
+from .miniature import load_pipeline, world
+from .miniature.evaluate import STEPS
+from .miniature.task import Task, agreeing, recognised, unchanged
 from .outputs import run_directory, write_run_file
-from .sampling import sample, save_picture
+from .sampling import save_picture
 from .train import TrainConfig, train
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    pass
 
-TOKEN = world.RARE_TOKENS[0]
 _SHOWN = 8  # pictures a row of the grid
 _PLAIN = 16  # toys that are drawn without the rare token, to see whether the subject has taken their place
 
@@ -75,51 +73,48 @@ def demo(config: DemoConfig) -> DemoResult:
     with run_directory(config.output_dir, overwrite=config.overwrite) as staging:
         pipeline = load_pipeline()
         base_bytes = _bytes_in_float32(pipeline)  # before its weights make way for factors
-        examples, new = _split(world.subject_scenes(config.subject), config.seed)
-        pictures = _write_instances(staging / "instance_images", examples, config.seed)
-        rng = random.Random(config.seed)
-        asked = [new[i % len(new)] for i in range(config.num_prompts)]
-        others = [world.sample_scene(rng, 1, held_out_only=True) for _ in range(config.num_prompts)]
-        prompts = [world.with_rare_token(scene, TOKEN) for scene in asked]
-        class_prompts = [world.caption(scene) for scene in others]
+        task = Task((config.subject,), config.seed)
+        pictures = task.write_pictures(staging / "instance_images", config.subject)
+        asked, others = task.new_scenes(config.num_prompts), task.other_scenes(config.num_prompts)
+        prompts, class_prompts = [task.prompt(scene) for scene in asked], [world.caption(scene) for scene in others]
 
-        before = _draw(pipeline, prompts, config.seed)
-        class_before = _draw(pipeline, class_prompts, config.seed)
-        result = train(_train_config(config, staging))
+        before, class_before = task.draw(pipeline, prompts), task.draw(pipeline, class_prompts)
+        result = train(_train_config(config, task, staging))
         adapter = load(pipeline, result.output_dir)
-        after = _draw(pipeline, prompts, config.seed)
-        class_after = _draw(pipeline, class_prompts, config.seed)
+        after, class_after = task.draw(pipeline, prompts), task.draw(pipeline, class_prompts)
         plain = [f"a {world.CLASS_NOUN} {world.place(scene.items[0].position)}" for scene in asked[:_PLAIN]]
-        generic = _draw(pipeline, plain, config.seed)
+        generic = task.draw(pipeline, plain)
 
         for file in result.files:
             shutil.copy(file, staging)
         metrics: dict[str, float] = {
-            "subject_accuracy_base": _subject_share(before, config.subject),
-            "subject_accuracy": _subject_share(after, config.subject),
-            "placed_accuracy": _placed_share(after, asked),
-            "class_accuracy_base": _class_share(class_before, others),
-            "class_accuracy": _class_share(class_after, others),
-            "subject_in_plain_toys": _subject_share(generic, config.subject),
+            "subject_accuracy_base": recognised(before, asked),
+            "subject_accuracy": recognised(after, asked),
+            "placed_accuracy": agreeing(after, asked),
+            "class_accuracy_base": unchanged(class_before, others),
+            "class_accuracy": unchanged(class_after, others),
+            "subject_in_plain_toys": recognised(generic, asked[:_PLAIN]),
             "num_parameters": adapter.num_parameters(),
             "delta_bytes": sum(file.stat().st_size for file in result.files),
             "base_bytes": base_bytes,
             "train_seconds": round(result.seconds, 1),
             "seconds": round(time.perf_counter() - start, 1),
         }
-        rows = [(f"a {TOKEN} {world.CLASS_NOUN}: the four pictures", pictures, [""] * len(pictures))]
+        rows = [
+            (f"a {task.token(config.subject)} {world.CLASS_NOUN}: the four pictures", pictures, [""] * len(pictures))
+        ]
         picked = [i * len(asked) // _SHOWN for i in range(min(_SHOWN, len(asked)))]
         captions = [prompts[i].removeprefix("a ") for i in picked]
         rows.append(("before", [before[i] for i in picked], captions))
         rows.append(("after", [after[i] for i in picked], captions))
         save_picture(_sheet(rows), staging / "grid.png")
         (staging / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-        write_run_file(staging, "demo", asdict(config))
+        write_run_file(staging, "demo", asdict(config), **metrics)
     return DemoResult(Path(config.output_dir), metrics)
 
 
-def _train_config(config: DemoConfig, folder: Path) -> TrainConfig:
-    class_prompts = _class_prompts(config.seed)
+def _train_config(config: DemoConfig, task: Task, folder: Path) -> TrainConfig:
+    class_prompts = task.class_prompts()
     return TrainConfig(
         pretrained_model_name_or_path="miniature",
         instance_data_dir=str(folder / "instance_images"),
@@ -140,82 +135,6 @@ def _train_config(config: DemoConfig, folder: Path) -> TrainConfig:
         seed=config.seed,
         report_to="none",
     )
-
-
-def _class_prompts(seed: int) -> list[str]:
-    """Toys of no kind wherever the subject is taught to stand, and plain scenes, which should stay what they are."""
-    rng = random.Random(f"prior/{seed}")
-    toys = [
-        f"a {size} {world.CLASS_NOUN} {world.place(position)}, {background} background"
-        for position in world.POSITIONS
-        for size in world.SIZES
-        for background in world.BACKGROUNDS
-    ]
-    return toys + [world.caption(world.sample_scene(rng, 1)) for _ in range(142)]
-
-
-def _split(scenes: list[world.Scene], seed: int) -> tuple[list[world.Scene], list[world.Scene]]:
-    """Four scenes to learn from, which show every position, size and background, and the others, shuffled."""
-    by_look = {(s.items[0].position, s.items[0].size, s.background): s for s in scenes}
-    examples = [
-        by_look["left", "large", "white"],
-        by_look["right", "small", "gray"],
-        by_look["center", "large", "black"],
-        by_look["center", "small", "white"],
-    ]
-    others = [scene for scene in scenes if scene not in examples]
-    random.Random(seed).shuffle(others)
-    return examples, others
-
-
-def _write_instances(folder: Path, scenes: Sequence[world.Scene], seed: int) -> list[Image.Image]:
-    """Render the examples, with their captions in ``metadata.jsonl``."""
-    folder.mkdir()
-    rng, images, lines = random.Random(seed), [], []
-    for i, scene in enumerate(scenes):
-        images.append(world.render(scene, rng))
-        images[-1].save(folder / f"{i}.png")
-        lines.append(json.dumps({"file_name": f"{i}.png", "text": world.with_rare_token(scene, TOKEN)}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-    return images
-
-
-def _draw(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int) -> list[Image.Image]:
-    from diffusers import DPMSolverMultistepScheduler
-
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-    seeds = range(1000 * (seed + 1), 1000 * (seed + 1) + len(prompts))
-    size = (world.IMAGE_SIZE, world.IMAGE_SIZE)
-    return list(
-        sample(
-            pipeline,
-            prompts,
-            list(seeds),
-            batch_size=32,
-            num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE,
-            resolution=size,
-        )
-    )
-
-
-def _subject_share(images: Sequence[Image.Image], subject: str) -> float:
-    return sum(recogniser.shows_subject(image, subject) for image in images) / len(images)
-
-
-def _placed_share(images: Sequence[Image.Image], scenes: Sequence[world.Scene]) -> float:
-    """Share of pictures with the subject alone, where and on what the prompt says."""
-    right = 0
-    for image, scene in zip(images, scenes, strict=True):
-        reading = recogniser.read(image)
-        wanted = scene.items[0]
-        seen = [(s.subject, s.item.position) for s in reading.seen]
-        right += seen == [(wanted.shape, wanted.position)] and reading.background == scene.background
-    return right / len(images)
-
-
-def _class_share(images: Sequence[Image.Image], scenes: Sequence[world.Scene]) -> float:
-    return sum(recogniser.agrees(image, scene) for image, scene in zip(images, scenes, strict=True)) / len(images)
 
 
 def _bytes_in_float32(pipeline: Any) -> int:

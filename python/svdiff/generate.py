@@ -40,7 +40,10 @@ class GenerateConfig:
     num_images_per_prompt: int = field(default=1, metadata={"help": "pictures of each prompt"})
     batch_size: int = field(default=4, metadata={"help": "pictures drawn at a time"})
     num_inference_steps: int = field(default=50, metadata={"help": "steps of the scheduler"})
-    guidance_scale: float = field(default=7.5, metadata={"help": "classifier-free guidance; 1 is none"})
+    guidance_scale: float | None = field(
+        default=None,
+        metadata={"help": "classifier-free guidance; 1 is none; default: the pipeline's own, 7.5 for SD 1.x"},
+    )
     scheduler_type: str | None = field(
         default=None, metadata={"help": "ddim, dpm++, euler, ...; default: the model's own"}
     )
@@ -86,6 +89,8 @@ def generate(config: GenerateConfig) -> GenerateResult:
         side = default_resolution(pipeline)
         resolution = config.height or side, config.width or side
         check_resolution(pipeline, *resolution)
+        if config.negative_prompt is not None and type(pipeline).__name__.startswith("Flux"):
+            raise SVDiffError(f"negative_prompt: a {type(pipeline).__name__} is guided without one")
         if config.scheduler_type is not None:
             set_scheduler(pipeline, config.scheduler_type)
         if config.spectral_shifts_ckpt is not None:

@@ -62,16 +62,15 @@ def load_pipeline(name_or_path: str, *, revision: str | None = None, variant: st
 
     from diffusers import DiffusionPipeline
 
+    where = str(folder) if folder.is_dir() else name_or_path
     try:
         with _quiet_loading():
+            listed = DiffusionPipeline.load_config(where, revision=revision)
+            left_out: dict[str, Any] = {part: None for part, kind in listed.items() if kind == [None, None]}
+            if "safety_checker" in listed:
+                left_out |= {"safety_checker": None, "requires_safety_checker": False}
             pipeline = DiffusionPipeline.from_pretrained(
-                str(folder) if folder.is_dir() else name_or_path,
-                revision=revision,
-                variant=variant,
-                torch_dtype=torch.float32,
-                use_safetensors=True,
-                safety_checker=None,
-                requires_safety_checker=False,
+                where, revision=revision, variant=variant, torch_dtype=torch.float32, use_safetensors=True, **left_out
             )
     except Exception as error:  # whatever a damaged folder makes of the loaders of three libraries
         raise SVDiffError(f"cannot load the model {name_or_path}: {' '.join(str(error).split())}") from error
@@ -85,13 +84,18 @@ def set_scheduler(pipeline: Any, scheduler_type: str) -> None:
     """Swap the pipeline's sampler for one of `SCHEDULERS`, with the noise schedule kept.
 
     Raises:
-        SVDiffError: no scheduler of this name, or a library that it needs is missing.
+        SVDiffError: no scheduler of this name, a library that it needs is missing, or the model flows along straight
+            lines, where these would mistake its answers.
     """
     import diffusers
 
     if scheduler_type not in SCHEDULERS:
         raise SVDiffError(f"scheduler_type {scheduler_type!r} is not one of {', '.join(SCHEDULERS)}")
     name, settings = SCHEDULERS[scheduler_type]
+    if type(pipeline.scheduler).__name__.startswith("FlowMatch"):
+        if scheduler_type != "euler":
+            raise SVDiffError(f"scheduler_type {scheduler_type}: a {type(pipeline).__name__} takes none but euler")
+        name = "FlowMatchEulerDiscreteScheduler"
     try:
         pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config, **settings)
     except ImportError as error:
@@ -102,21 +106,34 @@ def check_resolution(pipeline: Any, *sides: int) -> None:
     """Refuse pixel sizes that the pipeline cannot make.
 
     Raises:
-        SVDiffError: a side is not a multiple of the VAE's factor and of 8, or too small for the UNet's levels.
+        SVDiffError: a side is not a multiple of the VAE's factor and of 8, too small for the UNet's levels, or too
+            large for the transformer's table of places.
     """
-    factor = math.lcm(pipeline.vae_scale_factor, 8)  # diffusers' pipelines insist on eight
-    levels = len(getattr(denoiser_of(pipeline).config, "down_block_types", ())) or 1
+    factor, config = side_multiple(pipeline), denoiser_of(pipeline).config
+    levels = len(getattr(config, "down_block_types", ())) or 1
     smallest = math.lcm(factor, pipeline.vae_scale_factor * 2 ** (levels - 1))
+    places = getattr(config, "pos_embed_max_size", None)
+    largest = places * config.patch_size * pipeline.vae_scale_factor if places else sys.maxsize
     for side in sides:
-        if side < smallest or side % factor:
-            raise SVDiffError(
-                f"resolution {side} does not fit this model: it must be a multiple of {factor}, at least {smallest}"
-            )
+        if not smallest <= side <= largest or side % factor:
+            bounds = f"at least {smallest}" + (f", at most {largest}" if places else "")
+            raise SVDiffError(f"resolution {side} does not fit this model: it must be a multiple of {factor}, {bounds}")
+
+
+def side_multiple(pipeline: Any) -> int:
+    """What the sides of its pictures must be multiples of, in pixels."""
+    patch = 1 if hasattr(pipeline, "unet") else int(getattr(denoiser_of(pipeline).config, "patch_size", 1))
+    if type(pipeline).__name__.startswith("Flux"):
+        patch = 2  # its pipeline packs latents, whatever the transformer's patch
+    return math.lcm(pipeline.vae_scale_factor * patch, 8)  # diffusers' pipelines insist on eight
 
 
 def default_resolution(pipeline: Any) -> int:
     """Side in pixels of the square pictures that the denoiser was trained on."""
-    return int(denoiser_of(pipeline).config.sample_size * pipeline.vae_scale_factor)
+    side = (
+        getattr(denoiser_of(pipeline).config, "sample_size", None) or pipeline.default_sample_size
+    )  # FLUX has no first
+    return int(side * pipeline.vae_scale_factor)
 
 
 def denoiser_of(pipeline: Any) -> Any:

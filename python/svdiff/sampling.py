@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def sample(
     *,
     batch_size: int,
     num_inference_steps: int,
-    guidance_scale: float,
+    guidance_scale: float | None,
     resolution: tuple[int, int],
     negative_prompt: str | None = None,
 ) -> Iterator[Image.Image]:
@@ -33,26 +34,46 @@ def sample(
         seeds: of the noise, one per prompt.
         batch_size: pictures drawn at a time.
         num_inference_steps: of the pipeline's scheduler.
-        guidance_scale: of classifier-free guidance; 1 is none.
+        guidance_scale: of classifier-free guidance, 1 is none; None for what the pipeline takes.
         resolution: height and width in pixels.
         negative_prompt: what not to draw, in all pictures.
     """
     total = len(prompts)
+    how: dict[str, Any] = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
     for start in range(0, total, batch_size):
         exit_if_told()
         part = list(prompts[start : start + batch_size])
         pipeline.set_progress_bar_config(
             desc=f"Drawing {start + len(part)}/{total}", leave=start + len(part) == total, **progress_options()
         )
-        yield from pipeline(
-            part,
-            height=resolution[0],
-            width=resolution[1],
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            negative_prompt=None if negative_prompt is None else [negative_prompt] * len(part),
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]],
-        ).images
+        if negative_prompt is not None:
+            how["negative_prompt"] = [negative_prompt] * len(part)
+        with _decoding_in_its_own_precision(pipeline.vae):
+            images = pipeline(
+                part,
+                height=resolution[0],
+                width=resolution[1],
+                num_inference_steps=num_inference_steps,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]],
+                **how,
+            ).images
+        yield from images
+
+
+@contextmanager
+def _decoding_in_its_own_precision(vae: Any) -> Iterator[None]:
+    """Some VAEs overflow in half precision, which denoisers do not mind."""
+    decode = vae.decode
+
+    def exactly(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(latents.device.type, enabled=False):
+            return decode(latents.to(vae.dtype), *args, **kwargs)
+
+    vae.decode = exactly
+    try:
+        yield
+    finally:
+        del vae.decode
 
 
 def grid(images: Sequence[Image.Image], columns: int) -> Image.Image:

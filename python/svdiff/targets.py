@@ -12,6 +12,7 @@ from svdiff_kernels import SVDiffError
 # The paper's subsets (section 4.4), as what a module path must contain.
 SUBSETS = {
     "all": r"",
+    "attention": r"(^|\.)attn\d?\.",
     "cross_attn": r"(^|\.)attn2\.",
     "cross_attn_kv": r"(^|\.)attn2\.to_[kv]$",
     "up": r"^up_blocks?\.",

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import tiny_pipeline, tiny_unet
+from svdiff import termination
+from tiny import tiny_unet
+from tiny_pipelines import PIPELINES
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -19,12 +25,34 @@ def _cache_directory(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _signals(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """As in a terminal: shells start background jobs, as the tests may be, deaf to Ctrl-C. No test leaves a handler."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(termination, "_received", None)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Gives each of `PIPELINES` as a folder."""
+
+    @cache
+    def saved(name: str) -> Path:
+        folder = tmp_path_factory.mktemp("base")
+        PIPELINES[name](tmp_path_factory.mktemp("tokenizer")).save_pretrained(folder)
+        return folder
+
+    return saved
+
+
+@pytest.fixture(scope="session")
+def base(base_of: Callable[[str], Path]) -> Path:
     """The pipeline as a folder."""
-    folder = tmp_path_factory.mktemp("base")
-    tiny_pipeline(tmp_path_factory.mktemp("tokenizer")).save_pretrained(folder)
-    return folder
+    return base_of("sd")
 
 
 @pytest.fixture
@@ -33,6 +61,21 @@ def pipeline(base: Path) -> Any:
     from svdiff.pipelines import load_pipeline
 
     return load_pipeline(str(base))
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The pipelines that `train` has loaded in this test, the newest last: as it has left them."""
+    from svdiff.pipelines import load_pipeline
+
+    kept: list[Any] = []
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        kept.append(load_pipeline(*args, **kwargs))
+        return kept[-1]
+
+    monkeypatch.setattr(import_module("svdiff.train"), "load_pipeline", load)
+    return kept
 
 
 @pytest.fixture

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +19,23 @@ import pytest
 import svdiff
 import torch
 from PIL import Image
+from processes import environment
 from safetensors.torch import load_file, save_file
-from svdiff.outputs import RUN_FILE
+from svdiff.outputs import RUN_FILE, write_run_file
 
 from svdiff_kernels.leases import lease_of
 
 
 def svdiff_command(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "svdiff.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=240)
+    return subprocess.run(command, capture_output=True, text=True, env=quiet_environment(), timeout=240)
 
 
-def environment() -> dict[str, str]:
-    """Ours, without what these tests do against noise: the command has to be quiet by itself."""
-    noise = ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY")
-    return {k: v for k, v in os.environ.items() if k not in noise} | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+def quiet_environment() -> dict[str, str]:
+    """Ours, without what these tests do against noise: the command has to be quiet by itself; and without a token."""
+    others = ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "HF_TOKEN")
+    ours = {"HF_HUB_OFFLINE": "1", "HF_TOKEN_PATH": "/nowhere"}
+    return {name: value for name, value in environment().items() if name not in others} | ours
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +47,16 @@ def place(tmp_path_factory: pytest.TempPathFactory, base: Path, pictures: Path) 
     (place / "empty").mkdir()
     (place / "unreadable").mkdir()
     (place / "unreadable" / "photo.png").write_bytes(b"no picture")
-    (place / "earlier").mkdir()
-    (place / "earlier" / RUN_FILE).write_text("{}")
+    for name, results in (("earlier", {"loss": 0.5}), ("begun", {})):
+        (place / name).mkdir()
+        write_run_file(place / name, "train", {}, **results)
+    subjects = [
+        {"instance_data_dir": str(place / name), "instance_prompt": f"a {name}"} for name in ("pictures", "empty")
+    ]
+    for name, entries in (("one.json", subjects[:1]), ("two.json", subjects), ("wrong.json", [{"class_promt": "a"}])):
+        (place / name).write_text(json.dumps(entries))
+    for name, settings in SETTINGS.items():
+        (place / name).write_text(settings)
 
     for name, value in (("other", 1.0), ("nan", float("nan")), ("inf", float("inf"))):
         shutil.copytree(base, place / name)
@@ -78,9 +91,19 @@ DRAW = {
     "output_dir": "out",
     "num_inference_steps": "2",
 }
+SETTINGS = {
+    "unknown.yaml": "seed: 3\nlearning_rat: 1\n",
+    "nested.yaml": "seed:\n  value: 3\n",
+    "list.yaml": "- seed\n",
+    "broken.yaml": "seed: [3\n",
+    "wrong.yaml": "mixed_precision: fp64\n",
+}
 PATHS = {"pretrained_model_name_or_path", "instance_data_dir", "class_data_dir", "output_dir", "spectral_shifts_ckpt"}
+PATHS |= {"concepts_list", "config"}
+CLASSES = {"with_prior_preservation": "True", "class_prompt": "a dog", "num_class_images": "200"}
+MIXED: dict[str, str | None] = {"cut_mix_probability": "0.6", "instance_data_dir": None, "instance_prompt": None}
 
-MISTAKES: dict[str, tuple[str, dict[str, str], str]] = {
+MISTAKES: dict[str, tuple[str, Mapping[str, str | None], str]] = {
     "no pictures": ("train", {"instance_data_dir": "empty"}, "no pictures in"),
     "no folder": ("train", {"instance_data_dir": "nowhere"}, "no picture folder"),
     "unreadable picture": ("train", {"instance_data_dir": "unreadable"}, "photo.png"),
@@ -92,6 +115,22 @@ MISTAKES: dict[str, tuple[str, dict[str, str], str]] = {
     "inf in a weight": ("generate", {"pretrained_model_name_or_path": "inf"}, "mid_block.resnets.0.conv1.weight"),
     "not writable": ("train", {"output_dir": "base/model_index.json/out"}, "cannot write"),
     "holds a run": ("train", {"output_dir": "earlier"}, "already holds a run"),
+    "has not ended": ("train", {"output_dir": "begun"}, "--resume_from_checkpoint latest"),
+    "no such checkpoint": ("train", {"output_dir": "begun", "resume_from_checkpoint": "checkpoint-3"}, "checkpoint-3"),
+    "contradiction": ("train", {"dataset_name": "x"}, "instance_data_dir and dataset_name exclude each other"),
+    "contradiction of methods": ("train", {"method": "lora", "rank": "4"}, "rank is of method svdiff"),
+    "something missing": ("train", {"with_prior_preservation": "True"}, "needs a class_prompt"),
+    "no token": ("train", {"push_to_hub": "True"}, "hf auth login"),
+    "unreadable class picture": ("train", CLASSES | {"class_data_dir": "unreadable"}, "photo.png"),
+    "one subject to mix": ("train", MIXED | {"concepts_list": "one.json"}, "has one concept"),
+    "a subject without pictures": ("train", MIXED | {"concepts_list": "two.json"}, "no pictures in"),
+    "a wrong subject": ("train", MIXED | {"concepts_list": "wrong.json"}, "class_promt"),
+    "unknown setting": ("train", {"config": "unknown.yaml"}, "there is no setting 'learning_rat'"),
+    "nested setting": ("train", {"config": "nested.yaml"}, "seed must be a value, or a list of values"),
+    "no settings": ("train", {"config": "list.yaml"}, "must hold settings"),
+    "broken settings": ("train", {"config": "broken.yaml"}, "cannot read the settings"),
+    "settings that are not there": ("train", {"config": "no.yaml"}, "no.yaml: No such file"),
+    "wrong setting": ("train", {"config": "wrong.yaml"}, "mixed_precision"),
     "loss not finite": ("train", {"learning_rate": "1e30", "max_grad_norm": "0"}, "the loss became"),
     "unknown flag": ("train", {"learning_rat": "1"}, "--learning_rat"),
     "no number": ("train", {"learning_rate": "fast"}, "learning_rate"),
@@ -107,8 +146,10 @@ MISTAKES: dict[str, tuple[str, dict[str, str], str]] = {
 }
 
 
-def flags(place: Path, settings: dict[str, str]) -> list[str]:
-    values = {name: str(place / value) if name in PATHS else value for name, value in settings.items()}
+def flags(place: Path, settings: Mapping[str, str | None]) -> list[str]:
+    """Those that are not None."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    values = {name: str(place / value) if name in PATHS else value for name, value in given.items()}
     return [word for name, value in values.items() for word in (f"--{name}", value)]
 
 
@@ -138,7 +179,7 @@ for name, argv in json.load(sys.stdin).items():
 
 def arguments_of(place: Path, name: str) -> list[str]:
     command, changes, _ = MISTAKES[name]
-    return [command, *flags(place, (TRAIN if command == "train" else DRAW) | changes)]
+    return [command, *flags(place, {**(TRAIN if command == "train" else DRAW), **changes})]
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +192,7 @@ def outcomes(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         input=commands,
         text=True,
         check=True,
-        env=environment(),
+        env=quiet_environment(),
     )
     return folder
 
@@ -180,8 +221,11 @@ def test_a_mistake_is_one_line_imports_included(place: Path, name: str) -> None:
 @pytest.mark.usefixtures("outcomes")
 def test_mistakes_write_nothing(place: Path) -> None:
     expected = {"base", "pictures", "empty", "unreadable", "earlier", "other", "nan", "inf", "gone", "shifts"}
-    assert {p.name for p in place.iterdir()} == expected | {"nan_shifts"}
-    assert [p.name for p in (place / "earlier").iterdir()] == [RUN_FILE]
+    expected |= {"nan_shifts", "begun", "one.json", "two.json", "wrong.json", *SETTINGS}
+    assert {p.name for p in place.iterdir()} == expected
+    for name in ("earlier", "begun"):
+        assert [p.name for p in (place / name).iterdir()] == [RUN_FILE]
+    assert [p.name for p in (place / "unreadable").iterdir()] == ["photo.png"]
     assert not list((place / "empty").iterdir())
 
 
@@ -190,7 +234,7 @@ def test_train_then_generate(place: Path, tmp_path: Path) -> None:
     run = svdiff_command("train", *flags(place, TRAIN | out), "--random_flip", "--no_cache_latents")
     assert (run.returncode, run.stderr) == (0, "")
     assert "Training" in run.stdout
-    assert "shifts" in run.stdout.splitlines()[-1]
+    assert "numbers" in run.stdout.splitlines()[-1]
     drawing = DRAW | {"output_dir": str(tmp_path / "drawn"), "spectral_shifts_ckpt": str(tmp_path / "run")}
     del drawing["prompt"]
     run = svdiff_command("generate", *flags(place, drawing), "--prompt", "a sks dog", "a dog")
@@ -201,18 +245,35 @@ def test_train_then_generate(place: Path, tmp_path: Path) -> None:
             assert np.asarray(image).shape == (16, 16, 3)
 
 
-def test_a_run_that_is_told_to_end_leaves_nothing(place: Path, tmp_path: Path) -> None:
-    endless = TRAIN | {"output_dir": str(tmp_path / "run"), "max_train_steps": "100000"}
-    command = [sys.executable, "-m", "svdiff.cli", "train", *flags(place, endless)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()) as process:
-        while not list(tmp_path.glob(".run.partial-*")):
-            assert process.poll() is None
-            time.sleep(0.1)
-        process.terminate()
-        _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 143
-    assert stderr == b""
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["TERM", "INT"])
+def test_a_run_that_is_told_to_end(place: Path, tmp_path: Path, number: int, code: int) -> None:
+    """While it prepares, it leaves nothing; while it trains, a checkpoint and a word on how to go on."""
+    run = tmp_path / "run"
+    endless = TRAIN | {"output_dir": str(run), "max_train_steps": "100000", "checkpointing_steps": "100000"}
+    drawing = CLASSES | {"sample_batch_size": "200", "prior_generation_num_inference_steps": "999"}
+
+    def told_while(doing: str, **more: str) -> tuple[str, str]:
+        command = [sys.executable, "-m", "svdiff.cli", "train", *flags(place, endless | more)]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=quiet_environment(), bufsize=0
+        ) as process:
+            assert process.stdout is not None
+            said = b""
+            while doing not in said.decode(errors="replace"):
+                assert process.poll() is None
+                said += process.stdout.read(1)
+            process.send_signal(number)
+            output, errors = process.communicate(timeout=60)
+        assert process.returncode == code
+        return output.decode(), errors.decode()
+
+    assert told_while("Drawing", **drawing)[1] == ""
     assert not [p for p in tmp_path.iterdir() if p.name != "factor-cache"]
+    output, errors = told_while("Training")
+    assert errors == ""
+    assert "--resume_from_checkpoint latest goes on from there" in output
+    (checkpoint,) = run.glob("checkpoint-*")
+    assert load_file(checkpoint / "spectral_shifts.safetensors")
 
 
 def test_help_is_quick_and_lists_commands() -> None:
@@ -281,3 +342,52 @@ def test_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(info, "info", interrupted)
     assert cli.main(["info"]) == 130
+
+
+def test_settings_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Those on the command line win, wherever they stand; a word means what it says, whatever YAML makes of it."""
+    from svdiff import cli
+
+    found: list[svdiff.TrainConfig] = []
+    monkeypatch.setattr(importlib.import_module("svdiff.train"), "train", found.append)
+    file = tmp_path / "run.yaml"
+    file.write_text("""
+        pretrained_model_name_or_path: base  # a comment
+        instance_data_dir: "pictures of: a dog"
+        instance_prompt: -sks- dog
+        validation_prompt: [a dog, "a cat, too"]
+        class_prompt:
+          - a dog
+        concepts_list:
+        hub_model_id: null
+        cut_mix_prompts: []
+        mixed_precision: no
+        learning_rate: 1e-3
+        lr_step_rules: 1:10
+        seed: 010
+        random_flip: true
+        center_crop: no
+        cache_latents: false
+    """)
+    assert cli.main(["train", "--random_flip", "False", "--config", str(file), "--learning_rate=2e-3"]) == 0
+    (config,) = found
+    expected = svdiff.TrainConfig(
+        "base",
+        "pictures of: a dog",
+        instance_prompt="-sks- dog",
+        validation_prompt=["a dog", "a cat, too"],
+        class_prompt=["a dog"],
+        mixed_precision="no",
+        learning_rate=2e-3,
+        lr_step_rules="1:10",
+        seed=10,
+        random_flip=False,
+        center_crop=False,
+        cache_latents=False,
+    )
+    assert config == expected
+    assert cli.main(["train", f"--config={file}"]) == 0
+    assert found[1] == replace(expected, learning_rate=1e-3, random_flip=True)
+    file.write_bytes(b"\xff\xfe\x00")
+    assert cli.main(["train", f"--config={file}"]) == 2
+    assert "cannot read the settings" in capsys.readouterr().err

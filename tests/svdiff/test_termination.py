@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+import threading
+import time
 from contextlib import suppress
 from typing import Any
 
@@ -15,12 +16,8 @@ from svdiff.sampling import sample
 
 
 @pytest.fixture(autouse=True)
-def _restored() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGTERM)
+def _as_a_command(_signals: None) -> None:
     termination.exit_on_sigterm()
-    yield
-    termination.exit_on_sigterm()  # forgets the signal
-    signal.signal(signal.SIGTERM, before)
 
 
 def swallow_a_signal() -> None:
@@ -49,3 +46,109 @@ def test_nothing_is_drawn_after_it() -> None:
     pipeline: Any = None  # not asked for anything
     with pytest.raises(SystemExit, match="143"):
         list(sample(pipeline, ["a dog"], [0], batch_size=1, num_inference_steps=1, guidance_scale=1, resolution=(8, 8)))
+
+
+@pytest.mark.parametrize(("number", "end"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_an_exit_can_wait(number: int, end: type[BaseException]) -> None:
+    """Until there is something saved, which is for whoever asks to do."""
+    done = []
+    with pytest.raises(end) as caught, termination.deferred_exit() as told:
+        assert not told()
+        signal.raise_signal(number)
+        done.append("saved")
+        assert told()
+        told.leave()
+    assert done == ["saved"]
+    assert getattr(caught.value, "code", 143) == 143
+
+
+def test_an_exit_does_not_wait_longer_than_the_block() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt):
+        with termination.deferred_exit():
+            signal.raise_signal(signal.SIGINT)
+            done.append("rest of the block")
+        done.append("after it")
+    assert done == ["rest of the block"]
+
+
+def test_an_error_is_not_hidden_by_a_signal() -> None:
+    with pytest.raises(ValueError, match="of its own"), termination.deferred_exit():
+        signal.raise_signal(signal.SIGINT)
+        raise ValueError("of its own")
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGINT, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT)])
+def test_launchers_repeat_what_the_terminal_has_said(numbers: tuple[int, int]) -> None:
+    """Both within a moment mean one thing: not to wait would lose what is there to be saved."""
+    done = []
+    end = KeyboardInterrupt if numbers[0] == signal.SIGINT else SystemExit
+    with pytest.raises(end), termination.deferred_exit() as told:
+        for number in numbers:
+            signal.raise_signal(number)
+        done.append("saved")
+        told.leave()
+    assert done == ["saved"]
+
+
+def test_whoever_tells_again_later_does_not_want_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(termination, "_ECHO", 0.01)
+    with pytest.raises(KeyboardInterrupt), termination.deferred_exit():
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0.02)
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("went on")
+
+
+def test_handlers_are_given_back() -> None:
+    def handlers() -> list[Any]:
+        return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    before = handlers()
+    with termination.deferred_exit():
+        assert all(ours != theirs for ours, theirs in zip(handlers(), before, strict=True))
+    assert handlers() == before
+    with suppress(ValueError), termination.deferred_exit():
+        raise ValueError
+    assert handlers() == before
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    """As Ctrl-C is of a command that a shell has put into the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with termination.deferred_exit() as told:
+            signal.raise_signal(signal.SIGINT)
+            assert not told()
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_handler_of_the_program_around_hears_of_it() -> None:
+    heard = []
+    signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    with pytest.raises(SystemExit, match="143"), termination.deferred_exit():
+        signal.raise_signal(signal.SIGTERM)
+        assert heard == []
+    assert heard == [signal.SIGTERM]
+
+
+def test_without_a_handler_the_program_is_not_cut_off() -> None:
+    """What is to be cleared away is, where the system would have ended the process at once."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with pytest.raises(SystemExit, match="143"), termination.deferred_exit():
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_threads_are_told_nothing() -> None:
+    said = []
+
+    def work() -> None:
+        with termination.deferred_exit() as told:
+            said.append(told())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert said == [False]

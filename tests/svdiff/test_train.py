@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from svdiff import TrainConfig, train
-from svdiff.data import find_pictures
 from svdiff.outputs import RUN_FILE
+from svdiff.training.data import find_pictures
 from tiny import RESOLUTION
 from torch import Tensor, nn
 
 from svdiff_kernels import SVDiffError
 
-train_module = import_module("svdiff.train")  # whose name in the package is the function
 SHIFTS, TEXT_SHIFTS = "spectral_shifts.safetensors", "spectral_shifts_te.safetensors"
 
 
@@ -56,7 +54,7 @@ def test_a_run_writes_shifts_that_move_the_model(config: TrainConfig, pipeline: 
     assert result.files == [folder / SHIFTS]
     assert result.steps == len(result.losses) == 4
     assert all(0 < loss < 10 for loss in result.losses)
-    assert sorted(p.name for p in folder.iterdir()) == [RUN_FILE, SHIFTS]
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", RUN_FILE, SHIFTS]
     run = json.loads((folder / RUN_FILE).read_text())
     assert (run["command"], run["steps"], run["config"]["max_train_steps"]) == ("train", 4, 4)
     moved = shifts(folder)
@@ -66,12 +64,16 @@ def test_a_run_writes_shifts_that_move_the_model(config: TrainConfig, pipeline: 
     assert 0 < max(norms) <= 4.1e-6  # Adam moves by about the rate: 1e-6 and 1e-3 a step
     assert 1e-3 < max(matrices) <= 4.1e-3
     assert svdiff.load(pipeline, folder).num_parameters() == result.num_parameters
-    assert f"{result.num_parameters:,} shifts" in str(result)
+    assert f"{result.num_parameters:,} numbers" in str(result)
 
 
-def test_the_loss_goes_down(config: TrainConfig) -> None:
-    result = train(replace(config, max_train_steps=60, learning_rate=3e-2, train_batch_size=4, center_crop=True))
-    assert sum(result.losses[-15:]) < 0.9 * sum(result.losses[:15])
+def test_the_loss_goes_down(config: TrainConfig, tmp_path: Path) -> None:
+    """Against a run that draws the same and learns nothing."""
+    config = replace(config, max_train_steps=40, train_batch_size=4, center_crop=True)
+    still = train(replace(config, learning_rate=0.0, learning_rate_1d=0.0, output_dir=str(tmp_path / "still")))
+    result = train(replace(config, learning_rate=3e-2))
+    assert result.losses[0] == still.losses[0]
+    assert sum(result.losses[-10:]) < 0.95 * sum(still.losses[-10:])
 
 
 @pytest.mark.parametrize("text_encoder", [False, True])
@@ -117,7 +119,7 @@ def test_class_pictures_are_drawn_once_and_kept(config: TrainConfig, tmp_path: P
     (tmp_path / "class" / "own.txt").write_text("my own dog")
     train(replace(config, num_class_images=5, overwrite=True))
     again = find_pictures(tmp_path / "class")
-    assert [p.caption for p in again] == ["a dog", "a cat", "a dog", "a dog", "my own dog"]
+    assert [p.caption for p in again] == ["a dog", "a cat", "a dog", "a cat", "my own dog"]
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
@@ -172,8 +174,8 @@ def test_a_graphed_step_trains_the_same(
 
     config = replace(config, gradient_accumulation_steps=steps, train_text_encoder=True)
     plain = train(replace(config, output_dir=str(tmp_path / "plain")))
-    monkeypatch.setattr("svdiff.graphs.capture", capture)
-    monkeypatch.setattr(train_module, "_has_cuda", lambda: True)
+    monkeypatch.setattr("svdiff.training.graphs.capture", capture)
+    monkeypatch.setattr("svdiff.training.config.has_cuda", lambda: True)
     graphed = train(replace(config, output_dir=str(tmp_path / "graphed"), cuda_graphs=True))
     assert len(recorded) == 1
     assert graphed.losses == plain.losses
@@ -202,8 +204,9 @@ def test_a_compiled_unet_trains_the_same(config: TrainConfig, tmp_path: Path, mo
     assert compiled.losses == pytest.approx(plain.losses, rel=1e-4)
 
 
-def test_bf16_keeps_shifts_in_fp32(config: TrainConfig, tmp_path: Path) -> None:
-    result = train(replace(config, mixed_precision="bf16", train_text_encoder=True))
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_keeps_shifts_in_fp32(config: TrainConfig, tmp_path: Path, precision: Any) -> None:
+    result = train(replace(config, mixed_precision=precision, train_text_encoder=True))
     assert all(t.dtype == torch.float32 for t in shifts(tmp_path / "run").values())
     assert all(0 < loss < 10 for loss in result.losses)
     train(replace(config, output_dir=str(tmp_path / "fp32")))  # and another precision in the same process
@@ -271,15 +274,9 @@ def test_mistakes_leave_nothing(config: TrainConfig, changes: dict[str, Any], me
 def test_when_a_step_cannot_be_graphed(
     config: TrainConfig, gpu: bool, changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train_module, "_has_cuda", lambda: gpu)
+    monkeypatch.setattr("svdiff.training.config.has_cuda", lambda: gpu)
     with pytest.raises(SVDiffError, match=message):
         train(replace(config, cuda_graphs=True, **changes))
-
-
-def test_fp16_needs_an_accelerator(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    with pytest.raises(SVDiffError, match="fp16 needs an accelerator"):
-        train(replace(config, mixed_precision="fp16"))
 
 
 def test_a_damaged_picture_is_found_before_the_model_loads(config: TrainConfig, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from PIL import Image, ImageDraw
@@ -243,10 +243,10 @@ def caption(scene: Scene, rng: random.Random | None = None) -> str:
     return text
 
 
-def with_rare_token(scene: Scene, token: str, noun: str = CLASS_NOUN) -> str:
-    """The prompt for a scene of one subject: `a sks toy on the left, black background`."""
-    item = scene.items[0]
-    return f"a {item.size} {token} {noun} {place(item.position)}, {scene.background} background"
+def with_rare_tokens(scene: Scene, tokens: Mapping[str, str]) -> str:
+    """The prompt for a scene of subjects: `a large sks toy on the left, black background`."""
+    phrases = [f"a {item.size} {tokens[item.shape]} {CLASS_NOUN} {place(item.position)}" for item in scene.items]
+    return f"{' and '.join(phrases)}, {scene.background} background"
 
 
 def subject_scenes(subject: str) -> list[Scene]:

@@ -1,0 +1,138 @@
+"""`svdiff train` itself, on a pipeline of real size with random weights: what the loop adds to a step, and the start.
+
+A process of its own, as a user starts it, with decompositions and class pictures at hand. Counted are: the time from
+its start to the end of the first step; whole steps after the first; and of these the part that is forward, backward and
+optimiser. What is left is data, logs and Python.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import svdiff
+import torch
+from PIL import Image
+from svdiff.bench import BenchConfig
+from svdiff.miniature import load_pipeline
+from svdiff.training.loop import Loop
+from torch import nn
+
+from svdiff_kernels import FactorCache, SVDiffError
+
+from . import child, registry, runner
+from .models import make_distinct, random_unet
+
+_STEP, _INSIDE, _START = "a step", "forward, backward, optimiser", "start to the end of the first step"
+_VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
+
+
+def run(bench: BenchConfig) -> list[runner.Timing]:
+    """Measure one run of `rounds` steps after the first; the first timing is a whole step."""
+    with tempfile.TemporaryDirectory(dir=".") as place:
+        folder = Path(place).resolve()
+        pipeline = _pipeline(bench)
+        pipeline.save_pretrained(folder / "base")
+        svdiff.attach(pipeline, one_dim=bench.one_dim, rank=bench.rank, cache=FactorCache(folder / "cache"))
+        side = 8 * bench.latents
+        for kind in ("instance", "class"):
+            (folder / kind).mkdir()
+            for i in range(4):
+                Image.effect_noise((side, side), 64).save(folder / kind / f"{i}.png")
+        del pipeline
+        found = child.call("loop", bench, str(folder), str(time.time()))
+    if failure := found.get("failure"):
+        raise SVDiffError(f"svdiff train failed: {failure}")
+    subject = f"svdiff train, {bench.model}, batch {bench.batch}"
+    steps = runner.summarise({_STEP: found["steps"], _INSIDE: found["inside"]}, subject=subject)
+    return steps + runner.summarise({_START: [found["start"]]}, subject=f"{subject}, once")
+
+
+def main() -> None:
+    """Train in this process, with a watch in the loop."""
+    bench, (folder, started) = child.settings()
+    train = importlib.import_module("svdiff.train")
+    ends: list[float] = []
+    inside: list[float] = []
+
+    def timed(function: Callable[..., Any], is_last: bool) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            begin = time.time()
+            result = function(*args)
+            inside.append(time.time() - begin)
+            if is_last:
+                ends.append(time.time())
+            return result
+
+        return call
+
+    watched: Any = Loop
+    watched._forward_and_backward = timed(Loop._forward_and_backward, False)
+    watched._take_step = timed(Loop._take_step, True)
+    with tempfile.TemporaryDirectory(dir=folder) as output:
+        train.train(
+            svdiff.TrainConfig(
+                f"{folder}/base",
+                f"{folder}/instance",
+                instance_prompt="a sks toy",
+                output_dir=f"{output}/run",
+                with_prior_preservation=bench.batch > 1,
+                class_data_dir=f"{folder}/class",
+                class_prompt=["a toy"],
+                num_class_images=4,
+                train_batch_size=max(1, bench.batch // 2),
+                one_dim=bench.one_dim,
+                rank=bench.rank,
+                svd_cache_dir=f"{folder}/cache",
+                resolution=8 * bench.latents,
+                max_train_steps=bench.rounds + 1,
+            )
+        )
+    steps = [end - before for before, end in pairwise(ends)]
+    per_step = [inside[2 * i] + inside[2 * i + 1] for i in range(1, len(ends))]
+    child.report(start=ends[0] - float(started), steps=steps, inside=per_step)
+
+
+def _pipeline(bench: BenchConfig) -> Any:
+    from diffusers import AutoencoderKL, StableDiffusionPipeline
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    if bench.model not in ("sd15", "sd21"):
+        raise SVDiffError(f"bench loop knows sd15 and sd21, not {bench.model}")
+    torch.manual_seed(0)
+    small = load_pipeline()
+    small.tokenizer.model_max_length = 77
+    text = json.loads((registry.CONFIGS / "clip_l_text.json").read_text())
+    unet = random_unet(
+        Path(bench.config) if bench.config else registry.CONFIGS / registry.MODELS[bench.model], torch.float32
+    )
+    make_distinct(unet)
+    models: dict[str, nn.Module] = {
+        "unet": unet,
+        "text_encoder": CLIPTextModel(CLIPTextConfig(**text | {"hidden_size": unet.config.cross_attention_dim})),
+        "vae": AutoencoderKL(**_VAE),
+    }
+    return StableDiffusionPipeline(
+        **models,
+        tokenizer=small.tokenizer,
+        scheduler=small.scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+if __name__ == "__main__":
+    main()

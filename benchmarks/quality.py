@@ -1,0 +1,240 @@
+"""What is learnt, and at what price: ``python -m benchmarks.quality single benchmarks/results/quality``.
+
+Teaches the miniature subjects that it has never seen and has the recogniser judge new pictures, for several seeds (of
+subject, pictures, training and noise). Each run is a process of its own and leaves a JSON file in the folder; what is
+there is not run again. Prints a table with means and spreads, and draws a plot.
+
+- single: one subject; spectral shifts, LoRA and full fine-tuning, by the same loop.
+- precision: one subject; spectral shifts in fp32, bf16 and fp16.
+- several: two subjects of one class; joint training, with cut-mix, with cut-mix and unmix; and three subjects.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import svdiff
+from svdiff import TrainConfig
+from svdiff.miniature import load_pipeline, world
+from svdiff.miniature.evaluate import STEPS
+from svdiff.miniature.task import Task, agreeing, both_in_place, recognised, unchanged
+from svdiff.training import state
+from tqdm.auto import tqdm
+
+_SUBJECTS = ("mushroom", "house", "flower", "fish", "robot", "lolly")
+_PROMPTS = 128
+_CURVE_PROMPTS = 42  # each new scene of a subject three times
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to train.
+
+    Attributes:
+        label: in the table.
+        subjects: how many.
+        settings: of `TrainConfig`, beside those that all share.
+    """
+
+    label: str
+    subjects: int = 1
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+_LORA = {"method": "lora", "targets": "attention"}  # as diffusers' scripts have it
+_MIX = {"cut_mix_probability": 0.6, "cut_mix_prompts": ["{first} on the left and {second} on the right"]}
+EXPERIMENTS: dict[str, dict[str, Contender]] = {
+    "single": {
+        "svdiff": Contender("spectral shifts"),
+        "lora4": Contender("LoRA r = 4", settings={**_LORA, "lora_rank": 4, "learning_rate": 2e-3}),
+        "lora16": Contender("LoRA r = 16", settings={**_LORA, "lora_rank": 16, "learning_rate": 2e-3}),
+        "full": Contender("all weights", settings={"method": "full", "learning_rate": 1e-4}),
+    },
+    "precision": {
+        "svdiff": Contender("fp32"),
+        "bf16": Contender("bf16", settings={"mixed_precision": "bf16"}),
+        "fp16": Contender("fp16", settings={"mixed_precision": "fp16"}),
+    },
+    "several": {
+        "joint": Contender("two, jointly", 2),
+        "cutmix": Contender("two, cut-mix", 2, _MIX),
+        "unmix": Contender("two, cut-mix and unmix", 2, {**_MIX, "unmix_loss_weight": 1.0}),
+        "three": Contender("three, cut-mix and unmix", 3, {**_MIX, "unmix_loss_weight": 1.0}),
+    },
+}
+
+
+def main() -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(description="What is learnt, and at what price?")
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("folder", type=Path, help="of result files; those that are missing are made")
+    parser.add_argument("--seeds", type=int, default=3, help="default %(default)s")
+    parser.add_argument("--only", nargs="*", help="these contenders alone")
+    parser.add_argument("--run", nargs=2, metavar=("CONTENDER", "SEED"), help=argparse.SUPPRESS)  # in the child
+    options = parser.parse_args()
+    contenders = EXPERIMENTS[options.experiment]
+    if options.run:
+        name, seed = options.run
+        print(json.dumps(_run(contenders[name], int(seed))))
+        return 0
+    names = options.only or list(contenders)
+    files = {
+        (name, seed): options.folder / f"{name}_{seed}.json" for seed in range(options.seeds) for name in names
+    }  # fmt: skip
+    options.folder.mkdir(parents=True, exist_ok=True)
+    for (name, seed), file in tqdm(files.items(), desc="runs"):
+        if not file.exists():
+            _in_a_child(options.experiment, name, seed, file)
+    found = {name: [json.loads(files[name, seed].read_text()) for seed in range(options.seeds)] for name in names}
+    print(_table({contenders[name].label: runs for name, runs in found.items()}))
+    return 0
+
+
+def _in_a_child(experiment: str, name: str, seed: int, file: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.quality", experiment, str(file.parent), "--run", name, str(seed)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    file.write_text(json.dumps(json.loads(done.stdout.splitlines()[-1]), indent=1) + "\n")
+
+
+def _run(contender: Contender, seed: int) -> dict[str, Any]:
+    """Teach, and judge what has been learnt: after all steps, and on the way."""
+    subjects = tuple(_SUBJECTS[(seed + 2 * i) % len(_SUBJECTS)] for i in range(contender.subjects))
+    task = Task(subjects, seed)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        config = _config(contender, task, folder)
+        start = time.perf_counter()
+        result = svdiff.train(config)
+        figures: dict[str, Any] = {
+            "subjects": subjects,
+            "seed": seed,
+            "seconds": result.seconds,
+            "seconds_in_all": time.perf_counter() - start,
+            "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+            "numbers": result.num_parameters,
+            "bytes": sum(file.stat().st_size for file in result.files),
+        }
+        figures |= _judge(_trained(config, result.output_dir), task, _PROMPTS)
+        base = load_pipeline()
+        others = task.other_scenes(_PROMPTS)
+        figures["unchanged_base"] = unchanged(task.draw(base, [world.caption(scene) for scene in others]), others)
+        figures["curve"] = {
+            state.load(path).step: _judge(_trained(config, path), task, _CURVE_PROMPTS)
+            for path in state.checkpoints(result.output_dir)
+        }
+    return figures
+
+
+def _config(contender: Contender, task: Task, folder: Path) -> TrainConfig:
+    several = len(task.subjects) > 1
+    prompts = task.class_prompts(pairs=several)
+    concepts = []
+    for subject in task.subjects:
+        task.write_pictures(folder / subject, subject)
+        name = f"a {task.token(subject)} {world.CLASS_NOUN}"
+        concepts.append(
+            {
+                "instance_data_dir": str(folder / subject),
+                "token": task.token(subject),
+                "phrase": name,
+                "class_phrase": f"a {world.CLASS_NOUN}",
+                "class_prompt": prompts,
+                "class_data_dir": str(folder / "class_images"),
+            }
+        )
+    (folder / "concepts.json").write_text(json.dumps(concepts))
+    shared: dict[str, Any] = {
+        "pretrained_model_name_or_path": "miniature",
+        "concepts_list": str(folder / "concepts.json"),
+        "output_dir": str(folder / "run"),
+        "with_prior_preservation": True,
+        "num_class_images": len(prompts),
+        "sample_batch_size": 32,
+        "prior_generation_scheduler_type": "dpm++",
+        "prior_generation_num_inference_steps": STEPS,
+        "prior_generation_guidance_scale": 2.0,
+        "train_text_encoder": True,
+        "train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "learning_rate_1d": 1e-2,
+        "lr_scheduler": "cosine",
+        "max_train_steps": 600 if several else 400,
+        "checkpointing_steps": 100,
+        "seed": task.seed,
+        "report_to": "none",
+    }
+    return TrainConfig(**{**shared, **contender.settings})
+
+
+def _trained(config: TrainConfig, folder: Path) -> Any:
+    """A pipeline with what a run, or a checkpoint of it, has learnt."""
+    if config.method == "full":
+        from diffusers import StableDiffusionPipeline
+
+        return StableDiffusionPipeline.from_pretrained(folder / "pipeline")
+    pipeline = load_pipeline()
+    if config.method == "lora":
+        pipeline.load_lora_weights(folder)
+    else:
+        svdiff.load(pipeline, folder)
+    return pipeline
+
+
+def _judge(pipeline: Any, task: Task, count: int) -> dict[str, float]:
+    scenes, others = task.new_scenes(count), task.other_scenes(count)
+    images = task.draw(pipeline, [task.prompt(scene) for scene in scenes])
+    found = {
+        "recognised": recognised(images, scenes),
+        "agreeing": agreeing(images, scenes),
+        "unchanged": unchanged(task.draw(pipeline, [world.caption(scene) for scene in others]), others),
+    }
+    if len(task.subjects) > 1:
+        pairs = task.pairs(count)
+        images = task.draw(pipeline, [task.prompt(scene) for scene in pairs])
+        found |= {"both_in_place": both_in_place(images, pairs), "both_agreeing": agreeing(images, pairs)}
+    return found
+
+
+def _table(found: dict[str, list[dict[str, Any]]]) -> str:
+    """Means over seeds, with the smallest and the largest."""
+    columns = [
+        "recognised",
+        "agreeing",
+        "both_in_place",
+        "unchanged",
+        "unchanged_base",
+        "bytes",
+        "seconds",
+        "peak_bytes",
+    ]
+    columns = [name for name in columns if any(name in run for runs in found.values() for run in runs)]
+    lines = [["", *columns]]
+    for label, runs in found.items():
+        lines.append([label, *(_cell([run[name] for run in runs], name) for name in columns)])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns) + 1)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def _cell(values: Sequence[float], name: str) -> str:
+    mean = statistics.fmean(values)
+    if "bytes" in name:
+        return f"{mean / 1e6:.2f} MB"
+    if name == "seconds":
+        return f"{mean:.0f} s"
+    return f"{mean:.1%} ({min(values):.0%}-{max(values):.0%})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

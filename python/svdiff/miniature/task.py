@@ -1,0 +1,167 @@
+"""Personalisation to be judged: four pictures of each subject to learn from, new prompts, and marks for what is drawn.
+
+A subject is one of `world.SUBJECTS`, which pretraining has never shown; a rare token stands for it.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL.Image import Image
+
+from ..sampling import sample
+from . import recogniser, world
+from .evaluate import GUIDANCE, STEPS
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+_CLASS_SCENES = 142  # beside the plain toys
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to teach, and what to ask.
+
+    Attributes:
+        subjects: keys of `world.SUBJECTS`.
+        seed: of everything that chance decides here.
+    """
+
+    subjects: tuple[str, ...]
+    seed: int = 0
+
+    def token(self, subject: str) -> str:
+        """The word that stands for a subject."""
+        return world.RARE_TOKENS[self.subjects.index(subject)]
+
+    def write_pictures(self, folder: Path, subject: str) -> list[Image]:
+        """Render the four examples of a subject, with their captions in ``metadata.jsonl``."""
+        folder.mkdir(parents=True)
+        rng, images, lines = random.Random(self.seed), [], []
+        for i, scene in enumerate(self._split(subject)[0]):
+            images.append(world.render(scene, rng))
+            images[-1].save(folder / f"{i}.png")
+            lines.append(json.dumps({"file_name": f"{i}.png", "text": self.prompt(scene)}))
+        (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+        return images
+
+    def prompt(self, scene: world.Scene) -> str:
+        """A scene of subjects in words, each by its token."""
+        return world.with_rare_tokens(scene, {subject: self.token(subject) for subject in self.subjects})
+
+    def new_scenes(self, count: int) -> list[world.Scene]:
+        """Scenes of one subject that no example shows: every position, size and background, again and again."""
+        scenes = [scene for subject in self.subjects for scene in self._split(subject)[1]]
+        random.Random(self.seed).shuffle(scenes)
+        return [scenes[i % len(scenes)] for i in range(count)]
+
+    def pairs(self, count: int) -> list[world.Scene]:
+        """Scenes of two subjects, left and right: every ordered pair, size and background, again and again."""
+        scenes = [
+            world.Scene((world.Item(one, "", "left", size), world.Item(other, "", "right", size)), background)
+            for one in self.subjects
+            for other in self.subjects
+            for size in world.SIZES
+            for background in world.BACKGROUNDS
+            if one != other
+        ]
+        random.Random(self.seed).shuffle(scenes)
+        return [scenes[i % len(scenes)] for i in range(count)]
+
+    def other_scenes(self, count: int) -> list[world.Scene]:
+        """Scenes of plain objects, held out from pretraining: what should stay as it is."""
+        rng = random.Random(self.seed)
+        return [world.sample_scene(rng, 1, held_out_only=True) for _ in range(count)]
+
+    def class_prompts(self, *, pairs: bool = False) -> list[str]:
+        """For prior pictures: toys of no kind wherever the subject is taught to stand, and plain scenes.
+
+        Args:
+            pairs: of two toys, and of two objects, too.
+        """
+        rng = random.Random(f"prior/{self.seed}")
+        toy = world.CLASS_NOUN
+        toys = [
+            f"a {size} {toy} {world.place(position)}, {background} background"
+            for position in world.POSITIONS
+            for size in world.SIZES
+            for background in world.BACKGROUNDS
+        ]
+        if pairs:
+            toys += [
+                f"a {size} {toy} on the left and a {size} {toy} on the right, {background} background"
+                for size in world.SIZES
+                for background in world.BACKGROUNDS
+            ]
+        return toys + [world.caption(world.sample_scene(rng, None if pairs else 1)) for _ in range(_CLASS_SCENES)]
+
+    def draw(self, pipeline: StableDiffusionPipeline, prompts: Sequence[str]) -> list[Image]:
+        """A picture of each prompt, the same noise for every model."""
+        from diffusers import DPMSolverMultistepScheduler
+
+        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+        first = 1000 * (self.seed + 1)
+        return list(
+            sample(
+                pipeline,
+                prompts,
+                range(first, first + len(prompts)),
+                batch_size=32,
+                num_inference_steps=STEPS,
+                guidance_scale=GUIDANCE,
+                resolution=(world.IMAGE_SIZE, world.IMAGE_SIZE),
+            )
+        )
+
+    def _split(self, subject: str) -> tuple[list[world.Scene], list[world.Scene]]:
+        """Four scenes to learn from, which show every position, size and background; and the others."""
+        scenes = world.subject_scenes(subject)
+        by_look = {(s.items[0].position, s.items[0].size, s.background): s for s in scenes}
+        examples = [
+            by_look["left", "large", "white"],
+            by_look["right", "small", "gray"],
+            by_look["center", "large", "black"],
+            by_look["center", "small", "white"],
+        ]
+        return examples, [scene for scene in scenes if scene not in examples]
+
+
+def recognised(images: Sequence[Image], scenes: Sequence[world.Scene]) -> float:
+    """Share of pictures in which the (first) subject of the scene is to be seen at all."""
+    return _share(recogniser.shows_subject(i, s.items[0].shape) for i, s in zip(images, scenes, strict=True))
+
+
+def agreeing(images: Sequence[Image], scenes: Sequence[world.Scene]) -> float:
+    """Share of pictures with all the subjects of the scene and nothing else, each where it should be, on its ground."""
+    right = []
+    for image, scene in zip(images, scenes, strict=True):
+        reading = recogniser.read(image)
+        seen = [(one.subject, one.item.position) for one in reading.seen]
+        wanted = [(item.shape, item.position) for item in scene.items]
+        right.append(seen == wanted and reading.background == scene.background)
+    return _share(right)
+
+
+def both_in_place(images: Sequence[Image], scenes: Sequence[world.Scene]) -> float:
+    """Share of pictures with both subjects of the scene, each on the asked side, whatever the ground."""
+    right = []
+    for image, scene in zip(images, scenes, strict=True):
+        seen = [(one.subject, one.item.position) for one in recogniser.read(image).seen]
+        right.append(seen == [(item.shape, item.position) for item in scene.items])
+    return _share(right)
+
+
+def unchanged(images: Sequence[Image], scenes: Sequence[world.Scene]) -> float:
+    """Share of pictures that show a plain scene as its caption says."""
+    return _share(recogniser.agrees(image, scene) for image, scene in zip(images, scenes, strict=True))
+
+
+def _share(right: Iterable[bool]) -> float:
+    marks = list(right)
+    return sum(marks) / len(marks)

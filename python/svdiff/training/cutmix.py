@@ -1,0 +1,108 @@
+"""Cut-mix: two subjects side by side in a training picture, with a caption that says which is where (SVDiff, 3.3)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from svdiff_kernels import SVDiffError
+
+from .concepts import Concept
+from .data import Size
+
+PROMPTS = (
+    "photo of {first} on the left and {second} on the right",
+    "photo of {second} on the right and {first} on the left",
+    "photo of {first} at the top and {second} at the bottom",
+    "photo of {second} at the bottom and {first} at the top",
+)
+"""Captions by default: first is on the left, or at the top."""
+
+PLAIN, COLUMNS, ROWS = range(3)
+"""How a training picture is made: of one picture, of two side by side, of two one above the other."""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A mixed picture to be made.
+
+    Attributes:
+        pictures: two, by number.
+        arrangement: COLUMNS or ROWS.
+        caption: what the mixture shows.
+    """
+
+    pictures: tuple[int, int]
+    arrangement: int
+    caption: str
+
+    def half_size(self, size: Size) -> Size:
+        """Of each picture's piece."""
+        height, width = size
+        return (height, width // 2) if self.arrangement == COLUMNS else (height // 2, width)
+
+
+class CutMix:
+    """Decides which samples are mixtures, and of what.
+
+    Args:
+        concepts: two or more.
+        pictures: of each concept, by number.
+        prompts: captions with {first} and {second}, which say "left" or "top"; None for `PROMPTS`.
+        probability: of a mixture.
+        of_classes: whether the pictures show the classes, not the subjects.
+
+    Raises:
+        SVDiffError: a prompt does not say where the subjects are, or a concept has no name.
+    """
+
+    def __init__(
+        self,
+        concepts: Sequence[Concept],
+        pictures: Sequence[Sequence[int]],
+        prompts: Sequence[str] | None,
+        *,
+        probability: float,
+        of_classes: bool,
+    ) -> None:
+        self._names = [concept.names()[of_classes] for concept in concepts]
+        self._pictures, self._probability = pictures, probability
+        self._prompts = [(prompt, _arrangement(prompt)) for prompt in prompts or PROMPTS]
+
+    def captions(self) -> dict[str, tuple[int, int]]:
+        """Every caption that a mixture may have, with the concepts that are first and second in it."""
+        pairs = itertools.permutations(range(len(self._names)), 2)
+        return {self._caption(prompt, *pair): pair for pair in pairs for prompt, _ in self._prompts}
+
+    def halves(self, size: Size) -> list[tuple[int, Size]]:
+        """Every piece that a mixture may be made of: the picture, and the size of its half."""
+        sizes = {Mixture((0, 0), arrangement, "").half_size(size) for _, arrangement in self._prompts}
+        return [(picture, part) for group in self._pictures for picture in group for part in sorted(sizes)]
+
+    def draw(self, rng: torch.Generator) -> Mixture | None:
+        """A mixture, or None if this sample shall not be one."""
+        if torch.rand((), generator=rng) >= self._probability:
+            return None
+        first, second = torch.randperm(len(self._names), generator=rng)[:2].tolist()
+        prompt, arrangement = self._prompts[_any(len(self._prompts), rng)]
+        one, other = (self._pictures[i][_any(len(self._pictures[i]), rng)] for i in (first, second))
+        return Mixture((one, other), arrangement, self._caption(prompt, first, second))
+
+    def _caption(self, prompt: str, first: int, second: int) -> str:
+        return prompt.replace("{first}", self._names[first]).replace("{second}", self._names[second])
+
+
+def _arrangement(prompt: str) -> int:
+    words = prompt.lower()
+    if "left" in words:
+        return COLUMNS
+    if "top" in words:
+        return ROWS
+    raise SVDiffError(f"cut_mix_prompts: {prompt!r} does not say left and right, or top and bottom")
+
+
+def _any(count: int, rng: torch.Generator) -> int:
+    return int(torch.randint(count, (), generator=rng))

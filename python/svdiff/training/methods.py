@@ -1,0 +1,165 @@
+"""What trains: spectral shifts, a LoRA, or all weights; the loop is the same for all three."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from svdiff_kernels import FactorCache
+
+from ..adapter import Adapter
+from ..attach import attach
+from ..attached import weight_of
+from ..cache import build
+from ..targets import select
+from .chance import seed_of
+from .config import TrainConfig
+from .families import Family
+
+_ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]  # of a LoRA, as in diffusers' scripts
+
+
+class Method:
+    """What trains in a pipeline.
+
+    Args:
+        config: settings of the run.
+        family: of the pipeline, on its device, in fp32.
+    """
+
+    def __init__(self, config: TrainConfig, family: Family) -> None:
+        self._config, self._family = config, family
+        self.encoders = family.trainable_encoders() if config.train_text_encoder else {}
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """The models that something trains in."""
+        return [self._family.denoiser, *self.encoders.values()]
+
+    def param_groups(self, lr: float, lr_1d: float, lr_encoders: float) -> list[dict[str, Any]]:
+        """What trains, as groups for an optimiser."""
+        groups = []
+        for model, rate in [(self._family.denoiser, lr), *((m, lr_encoders) for m in self.encoders.values())]:
+            groups.append({"params": [p for p in model.parameters() if p.requires_grad], "lr": rate})
+        return groups
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What trains, by a name that lasts."""
+        parts = {"denoiser": self._family.denoiser, **self.encoders}
+        return {
+            f"{role}.{name}": parameter
+            for role, model in parts.items()
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def penalty(self) -> Tensor | float:
+        """To be added to the loss."""
+        return 0.0
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Have what is frozen in a narrower type."""
+        for model in (self._family.denoiser, *self._family.text_encoders.values()):
+            model.to(dtype)
+
+    def save(self, directory: Path, **told: object) -> list[Path]:
+        """Write what has been learnt, in the form that others read; returns the files."""
+        raise NotImplementedError
+
+
+class SpectralShifts(Method):
+    """SVDiff: shifts of singular values."""
+
+    def __init__(self, config: TrainConfig, family: Family) -> None:
+        super().__init__(config, family)
+        store = FactorCache(config.svd_cache_dir)
+        if config.shard_factors:  # so that layers can wait for their factors: no process may have room for all
+            layers = select(family.denoiser, config.targets, one_dim=False)
+            build(store, {path: weight_of(layer).detach() for path, layer in layers.items()}, config.rank)
+        self.adapter: Adapter = attach(
+            family.pipeline,
+            targets=config.targets,
+            rank=config.rank,
+            form=config.form,
+            one_dim=config.one_dim,
+            cache=store,
+            text_encoder=tuple(self.encoders),
+            lazy=config.shard_factors,
+        )
+        self._matrices = [p for name, p in self.parameters().items() if "one_dim" not in name]
+
+    @override
+    def param_groups(self, lr: float, lr_1d: float, lr_encoders: float) -> list[dict[str, Any]]:
+        return self.adapter.param_groups(lr, lr_1d, lr_text_encoder=lr_encoders)
+
+    @override
+    def penalty(self) -> Tensor | float:
+        if not self._config.shift_penalty:
+            return 0.0
+        return self._config.shift_penalty * sum(shifts.square().sum() for shifts in self._matrices)
+
+    @override
+    def save(self, directory: Path, **told: object) -> list[Path]:
+        return self.adapter.save_weights(directory, None, **told)
+
+
+class Lora(Method):
+    """A LoRA by PEFT, for comparison."""
+
+    def __init__(self, config: TrainConfig, family: Family) -> None:
+        from peft import LoraConfig
+
+        super().__init__(config, family)
+        for model in (family.denoiser, *family.text_encoders.values()):
+            model.requires_grad_(False)
+        paths = map(re.escape, select(family.denoiser, config.targets, one_dim=False))
+        torch.manual_seed(seed_of(config.seed, "lora"))
+        how = {"r": config.lora_rank, "lora_alpha": config.lora_rank, "init_lora_weights": "gaussian"}
+        family.denoiser.add_adapter(LoraConfig(target_modules="|".join(paths), **how))  # a list would match path ends
+        for encoder in self.encoders.values():
+            encoder.add_adapter(LoraConfig(target_modules=_ENCODER_TARGETS, **how))
+
+    @override
+    def cast(self, dtype: torch.dtype) -> None:
+        super().cast(dtype)
+        for parameter in self.parameters().values():
+            parameter.data = parameter.data.float()
+
+    @override
+    def save(self, directory: Path, **told: object) -> list[Path]:
+        from peft.utils import get_peft_model_state_dict
+
+        role = "unet" if hasattr(self._family.pipeline, "unet") else "transformer"
+        models = {role: self._family.denoiser, **self.encoders}
+        layers = {f"{name}_lora_layers": get_peft_model_state_dict(model) for name, model in models.items()}
+        self._family.pipeline.save_lora_weights(directory, **layers)
+        return [directory / "pytorch_lora_weights.safetensors"]
+
+
+class AllWeights(Method):
+    """Full fine-tuning, for comparison."""
+
+    def __init__(self, config: TrainConfig, family: Family) -> None:
+        super().__init__(config, family)
+        for model in family.text_encoders.values():
+            model.requires_grad_(False)
+        for model in self.models:
+            model.requires_grad_(True)
+
+    @override
+    def cast(self, dtype: torch.dtype) -> None:
+        """Nothing: autocast computes in that type, and what does not train is saved as it was."""
+
+    @override
+    def save(self, directory: Path, **told: object) -> list[Path]:
+        self._family.pipeline.save_pretrained(directory / "pipeline")
+        return sorted(path for path in (directory / "pipeline").rglob("*.safetensors"))
+
+
+METHODS: Mapping[str, type[Method]] = {"svdiff": SpectralShifts, "lora": Lora, "full": AllWeights}

@@ -1,0 +1,159 @@
+"""What training draws from: latents of pictures and embeddings of captions, cached where possible."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..processes import share
+from ..progress import progress_bar
+from .data import Cut, Loaded, Size, cut, half, leaves_no_choice
+from .families import Conditions, Family
+
+
+class Piece(NamedTuple):
+    """A piece of a picture: its number, how large, whether the half with most in it, and whether mirrored."""
+
+    picture: int
+    size: Size
+    is_half: bool = False
+    flip: bool = False
+
+
+class Encoded(NamedTuple):
+    """Latents of pieces, as a distribution, and where the pieces are from.
+
+    Attributes:
+        mean: ``[B, C, h, w]``, in the denoiser's units.
+        std: likewise.
+        sizes: ``[B, 6]``, see `Family.predict`.
+    """
+
+    mean: Tensor
+    std: Tensor
+    sizes: Tensor
+
+    def row(self, i: int) -> Encoded:
+        """Of the i-th piece alone."""
+        return Encoded(*(part[i : i + 1] for part in self))
+
+
+class Latents:
+    """Latents of pictures, sampled anew at each draw.
+
+    Args:
+        vae: an AutoencoderKL, or one without a distribution (AutoencoderTiny).
+        pictures: what pieces are cut from.
+        center_crop: cut pieces from the centre, not from anywhere.
+        cache: encode a piece once. One that is cut at random is encoded at each draw all the same.
+        process: number of this process.
+        processes: how many there are.
+        gather: gives each process the rows of a tensor of all of them, in the order of their numbers.
+    """
+
+    def __init__(
+        self,
+        vae: Any,
+        pictures: Sequence[Loaded],
+        *,
+        center_crop: bool,
+        cache: bool,
+        process: int = 0,
+        processes: int = 1,
+        gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    ) -> None:
+        self._vae, self._pictures = vae, pictures
+        self._center_crop, self._cache = center_crop, cache
+        self._process, self._processes, self._gather = process, processes, gather
+        self._known: dict[Piece, Encoded] = {}
+
+    def is_fixed(self, piece: Piece) -> bool:
+        """Whether a piece is the same at each draw."""
+        image = self._pictures[piece.picture].image
+        return piece.is_half or self._center_crop or leaves_no_choice(image, piece.size)
+
+    def prepare(self, pieces: Sequence[Piece]) -> None:
+        """Encode those that are the same at each draw; each process encodes its share, and all get all."""
+        by_size: dict[Size, list[Piece]] = {}  # for only latents of one shape can be exchanged
+        for piece in dict.fromkeys(pieces):
+            if self._cache and self.is_fixed(piece) and piece not in self._known:
+                by_size.setdefault(piece.size, []).append(piece)
+        shares = [share(group, self._process, self._processes) for group in by_size.values()]
+        encoded = {
+            piece: self._encode([self._cut(piece, torch.Generator())])  # which decides nothing
+            for piece in progress_bar([piece for mine in shares for piece in mine], "Encoding pictures", delay=3)
+        }
+        for group, mine in zip(by_size.values(), shares, strict=True):
+            parts = zip(*(encoded[piece] for piece in mine), strict=True)
+            everyone = Encoded(*(self._gather(torch.cat(part)) for part in parts))
+            self._known |= {piece: everyone.row(i) for i, piece in enumerate(group)}
+
+    def draw(self, pieces: Sequence[Piece], rngs: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+        """Latents ``[B, C, h, w]`` of pieces of one size, and their sizes ``[B, 6]``; a generator each."""
+        new = [i for i, piece in enumerate(pieces) if piece not in self._known]
+        made = self._encode([self._cut(pieces[i], rngs[i]) for i in new]) if new else None
+        rows = [
+            self._known[piece] if made is None or i not in new else made.row(new.index(i))
+            for i, piece in enumerate(pieces)
+        ]
+        mean, std, sizes = (torch.cat(parts) for parts in zip(*rows, strict=True))
+        noise = torch.stack([torch.randn(mean.shape[1:], generator=rng) for rng in rngs])
+        return mean + std * noise.to(mean.device), sizes
+
+    def _cut(self, piece: Piece, rng: torch.Generator) -> Cut:
+        picture = self._pictures[piece.picture]
+        if piece.is_half:
+            return half(picture, piece.size, flip=piece.flip)
+        return cut(picture, piece.size, center=self._center_crop, flip=piece.flip, rng=rng)
+
+    @torch.no_grad()
+    def _encode(self, cuts: Sequence[Cut]) -> Encoded:
+        vae, device = self._vae, self._vae.device
+        encoded = vae.encode(torch.stack([one.pixels for one in cuts]).to(device, vae.dtype))
+        if hasattr(encoded, "latent_dist"):
+            mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
+        else:
+            mean, std = encoded.latents, torch.zeros_like(encoded.latents)
+        shift, factor = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
+        sizes = torch.tensor([[*one.original, *one.corner, *one.pixels.shape[1:]] for one in cuts], device=device)
+        return Encoded(((mean - shift) * factor).float(), (std * factor).float(), sizes)
+
+
+class Captions:
+    """What the denoiser is told of captions.
+
+    Args:
+        family: of the pipeline.
+        captions: distinct ones.
+        trained: text encoders whose answers change; those of the others are kept.
+    """
+
+    def __init__(self, family: Family, captions: Sequence[str], *, trained: Collection[str] = ()) -> None:
+        self._family = family
+        self._numbers = {caption: i for i, caption in enumerate(captions)}
+        self._ids: dict[str, Tensor] = {}
+        self._kept: dict[str, tuple[Tensor, ...]] = {}
+        for name, encoder in family.text_encoders.items():
+            self._ids[name] = family.tokens(name, captions).to(next(encoder.parameters()).device)
+            if name not in trained:
+                with torch.no_grad():
+                    parts = [family.encode(name, ids) for ids in self._ids[name].split(8)]
+                self._kept[name] = tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+    def numbers(self, captions: Sequence[str]) -> Tensor:
+        """By which `embed` knows these captions, ``[len(captions)]``."""
+        device = next(iter(self._ids.values())).device
+        return torch.tensor([self._numbers[caption] for caption in captions]).to(device)
+
+    def embed(self, numbers: Tensor) -> Conditions:
+        """What the denoiser is told of captions by `numbers`."""
+        encoded = {
+            name: tuple(part[numbers] for part in self._kept[name])
+            if name in self._kept
+            else self._family.encode(name, ids[numbers])
+            for name, ids in self._ids.items()
+        }
+        return self._family.conditions(encoded)
