@@ -17,12 +17,12 @@ help:
 demo: $(READY) ## teach the miniature model a new subject from four pictures; see outputs/demo/
 	$(BIN)/svdiff demo --output_dir outputs/demo --overwrite
 
-# What stands in for a GPU, an interpreter and an emulator, takes one core: two files at a time. Other tests measure time
-# and memory, and run alone. Both parts run whatever becomes of the first.
-GPU_TESTS := tests/kernels/triton tests/kernels/cuda
+# What measures time and memory runs alone, after the others; of those, two files run at a time, each on one core.
+# Both parts run whatever becomes of the first.
+TOGETHER := tests/kernels/triton tests/kernels/cuda tests/svdiff tests/miniature
 test: $(READY) ## all tests, the slow ones included
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(GPU_TESTS) -n 2 --dist loadfile --benchmark-disable; gpu=$$?; \
-	$(BIN)/python -m pytest tests $(GPU_TESTS:%=--ignore=%) && exit $$gpu
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TOGETHER) -n 2 --dist loadfile --benchmark-disable; together=$$?; \
+	$(BIN)/python -m pytest tests $(TOGETHER:%=--ignore=%) && exit $$together
 
 bench: $(READY) ## a training step of an SD 1.5-size UNet against its rivals
 	$(BIN)/svdiff bench unet

@@ -7,7 +7,7 @@ import shutil
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -20,9 +20,6 @@ from .miniature.task import Task, agreeing, recognised, unchanged
 from .outputs import run_directory, write_run_file
 from .sampling import save_picture
 from .train import TrainConfig, train
-
-if TYPE_CHECKING:
-    pass
 
 _SHOWN = 8  # pictures a row of the grid
 _PLAIN = 16  # toys that are drawn without the rare token, to see whether the subject has taken their place
