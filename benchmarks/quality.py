@@ -1,8 +1,8 @@
 """What is learnt, and at what price: ``python -m benchmarks.quality single benchmarks/results/quality``.
 
 Teaches the miniature subjects that it has never seen and has the recogniser judge new pictures, for several seeds (of
-subject, pictures, training and noise). Each run is a process of its own and leaves a JSON file in the folder; what is
-there is not run again. Prints a table with means and spreads, and draws a plot.
+subject, pictures, training and noise). Each run is a process of its own, on one core, and leaves a JSON file in the
+folder; what is there is not run again. Prints a table with means and spreads, and draws the course over steps.
 
 - single: one subject; spectral shifts, LoRA and full fine-tuning, by the same loop.
 - precision: one subject; spectral shifts in fp32, bf16 and fp16.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,7 +83,9 @@ def main() -> int:
     parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("folder", type=Path, help="of result files; those that are missing are made")
     parser.add_argument("--seeds", type=int, default=3, help="default %(default)s")
-    parser.add_argument("--only", nargs="*", help="these contenders alone")
+    parser.add_argument("--only", nargs="*", choices=sorted({n for e in EXPERIMENTS.values() for n in e}))
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; default %(default)s")
+    parser.add_argument("--plot", type=Path, help="draw the course into this file")
     parser.add_argument("--run", nargs=2, metavar=("CONTENDER", "SEED"), help=argparse.SUPPRESS)  # in the child
     options = parser.parse_args()
     contenders = EXPERIMENTS[options.experiment]
@@ -94,18 +98,25 @@ def main() -> int:
         (name, seed): options.folder / f"{name}_{seed}.json" for seed in range(options.seeds) for name in names
     }  # fmt: skip
     options.folder.mkdir(parents=True, exist_ok=True)
-    for (name, seed), file in tqdm(files.items(), desc="runs"):
-        if not file.exists():
-            _in_a_child(options.experiment, name, seed, file)
+    missing = [(options.experiment, name, seed, file) for (name, seed), file in files.items() if not file.exists()]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(tqdm(pool.map(lambda run: _in_a_child(*run), missing), desc="runs", total=len(missing)))
     found = {name: [json.loads(files[name, seed].read_text()) for seed in range(options.seeds)] for name in names}
-    print(_table({contenders[name].label: runs for name, runs in found.items()}))
+    by_label = {contenders[name].label: runs for name, runs in found.items()}
+    print(_table(by_label))
+    if options.plot:
+        _draw(by_label, options.plot)
     return 0
 
 
 def _in_a_child(experiment: str, name: str, seed: int, file: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.quality", experiment, str(file.parent), "--run", name, str(seed)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    file.write_text(json.dumps(json.loads(done.stdout.splitlines()[-1]), indent=1) + "\n")
+    done = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(json.loads(done.stdout.splitlines()[-1]), indent=1) + "\n")
+    partial.replace(file)
 
 
 def _run(contender: Contender, seed: int) -> dict[str, Any]:
@@ -225,6 +236,45 @@ def _table(found: dict[str, list[dict[str, Any]]]) -> str:
         lines.append([label, *(_cell([run[name] for run in runs], name) for name in columns)])
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns) + 1)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def _draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """The course over steps, one panel a mark: means over seeds, and from the worst to the best."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import PercentFormatter
+
+    titles = {
+        "recognised": "subject recognised",
+        "agreeing": "subject, place and ground as asked",
+        "both_in_place": "both subjects, each on its side",
+        "unchanged": "other prompts right",
+    }
+    marks = [mark for mark in titles if all(mark in run for runs in found.values() for run in runs)]
+    figure, axes = plt.subplots(
+        1, len(marks), figsize=(3.6 * len(marks), 3.2), sharey=True, squeeze=False, layout="constrained"
+    )
+    for ax, mark in zip(axes[0], marks, strict=True):
+        for label, runs in found.items():
+            steps = list(runs[0]["curve"])
+            values = [[run["curve"][step][mark] for run in runs] for step in steps]
+            x = [int(step) for step in steps]
+            (line,) = ax.plot(x, [statistics.fmean(v) for v in values], marker="o", markersize=3, label=label)
+            ax.fill_between(x, [min(v) for v in values], [max(v) for v in values], alpha=0.12, color=line.get_color())
+        if mark == "unchanged":
+            base = statistics.fmean(run["unchanged_base"] for runs in found.values() for run in runs)
+            ax.axhline(base, color="#64748b", linestyle=":", label="base")
+        ax.set_title(titles[mark], fontsize=10)
+        ax.set_xlabel("steps")
+        ax.set_ylim(0, 1.02)
+        ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0, -1].legend(fontsize=8, loc="lower right", frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def _cell(values: Sequence[float], name: str) -> str:

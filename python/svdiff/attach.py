@@ -56,8 +56,8 @@ def attach(
             memory until then. What the cache lacks is decomposed now.
 
     Raises:
-        SVDiffError: the model has spectral or PEFT layers already, `targets` matches nothing, or a weight holds NaN or
-            inf. The model is then as it was.
+        SVDiffError: the model has spectral or PEFT layers already, `targets` matches nothing, there is no such text
+            encoder, or a weight holds NaN or inf. The model is then as it was.
     """
     if one_dim not in get_args(OneDim):
         raise SVDiffError(f"one_dim {one_dim!r} is not one of {', '.join(get_args(OneDim))}")
@@ -65,6 +65,9 @@ def attach(
         raise SVDiffError(f"rank must be at least 1, not {rank}")
     models = _models_of(model_or_pipeline)
     lone = isinstance(model_or_pipeline, nn.Module)
+    named = set() if isinstance(text_encoder, bool) else set(text_encoder)
+    if unknown := sorted(named - models.keys()):
+        raise SVDiffError(f"this pipeline has no {unknown[0]!r}, only {', '.join(models)}")
     chosen = {
         role: select(
             model,
@@ -73,7 +76,7 @@ def attach(
             embeddings=role != "denoiser",
         )
         for role, model in models.items()
-        if lone or role == "denoiser" or text_encoder is True or (text_encoder and role in text_encoder)
+        if lone or role == "denoiser" or text_encoder is True or role in named
     }
     base_model = _base_model_of(model_or_pipeline)
     layouts = {

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from .termination import exit_on_sigterm
+from .termination import exit_if_told, exit_on_signals
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 after a user's mistake, 130 after Ctrl-C, 143 if told to end."""
     argv = list(sys.argv[1:] if argv is None else argv)
     name = _command_name(argv[:1])
-    exit_on_sigterm()
+    exit_on_signals()
     _quieten_libraries()
+    try:
+        return _run(name, argv[1:])
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(name: str, argv: list[str]) -> int:
     from svdiff_kernels import SVDiffError  # from here on imports take seconds
 
     from .processes import FailedElsewhereError, is_first
@@ -60,19 +67,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command = COMMANDS[name]
         module = importlib.import_module(command.module)
-        config = _parse(name, command, getattr(module, command.config), argv[1:])
+        config = _parse(name, command, getattr(module, command.config), argv)
         function: Callable[[Any], object] = getattr(module, command.function)
         result = function(config)
         if result is not None and is_first():
             print(result)
         return 0
-    except FailedElsewhereError:
+    except Exception as error:
+        exit_if_told()
+        if not isinstance(error, SVDiffError):
+            raise
+        if not isinstance(error, FailedElsewhereError):
+            print(f"svdiff: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except SVDiffError as error:
-        print(f"svdiff: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,5 +1,5 @@
-"""Being told to end: SIGTERM ends a command by an exception, so that whatever is half-written is cleared away;
-or by a notice, where there is something to save first.
+"""Being told to end: Ctrl-C and SIGTERM end a command by an exception, so that whatever is half-written is cleared
+away; or by a notice, where there is something to save first.
 """
 
 from __future__ import annotations
@@ -18,11 +18,16 @@ _ECHO = 2.0
 _received: int | None = None
 
 
-def exit_on_sigterm() -> None:
-    """From now on SIGTERM raises SystemExit with code 143 wherever the main thread is."""
+def exit_on_signals() -> None:
+    """From now on SIGTERM raises SystemExit with code 143 wherever the main thread is, and Ctrl-C KeyboardInterrupt.
+
+    That one does so anyway; but then `exit_if_told` would not know of it.
+    """
     global _received
     _received = None
     signal.signal(signal.SIGTERM, _exit)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, _exit)
 
 
 class Notice:
@@ -80,8 +85,11 @@ def deferred_exit() -> Iterator[Notice]:
 def exit_if_told() -> None:
     """Raise the exit again if a library has swallowed it, as Cython modules do while they are imported.
 
-    Every long loop of ours calls it, so the command ends at the next step at the latest.
+    Every long loop of ours calls it, so the command ends at the next step at the latest. And so does whoever reports
+    errors: torch makes an error of its own of an exit that comes while it asks an object for its shape.
     """
+    if _received == signal.SIGINT:
+        raise KeyboardInterrupt
     if _received is not None:
         sys.exit(128 + _received)
 

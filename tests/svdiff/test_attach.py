@@ -187,6 +187,13 @@ def test_text_encoder(pipeline: Any) -> None:
     assert_unchanged(pipeline.text_encoder, before)
 
 
+def test_a_text_encoder_that_is_not_there(pipeline: Any) -> None:
+    before = snapshot(pipeline.unet)
+    with pytest.raises(SVDiffError, match="no 'text_encoder_2', only denoiser, text_encoder"):
+        svdiff.attach(pipeline, text_encoder=["text_encoder_2"])
+    assert_unchanged(pipeline.unet, before)
+
+
 def test_a_text_encoder_alone() -> None:
     model = tiny_text_encoder()
     adapter = svdiff.attach(model, targets="self_attn", one_dim="none")

@@ -10,20 +10,22 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from svdiff import termination
+from svdiff import cli, info, termination
 from svdiff.progress import progress_bar
 from svdiff.sampling import sample
+
+from svdiff_kernels import SVDiffError
 
 
 @pytest.fixture(autouse=True)
 def _as_a_command(_signals: None) -> None:
-    termination.exit_on_sigterm()
+    termination.exit_on_signals()
 
 
-def swallow_a_signal() -> None:
+def swallow_a_signal(number: int = signal.SIGTERM) -> None:
     """As numpy.random does if the signal arrives while it is imported."""
-    with suppress(SystemExit):
-        os.kill(os.getpid(), signal.SIGTERM)
+    with suppress(SystemExit, KeyboardInterrupt):
+        os.kill(os.getpid(), number)
 
 
 def test_the_signal_is_an_exit() -> None:
@@ -39,6 +41,32 @@ def test_an_exit_that_a_library_swallowed_comes_again() -> None:
     swallow_a_signal()
     with pytest.raises(SystemExit, match="143"):
         list(progress_bar(range(3), "Steps"))
+
+
+def test_so_does_ctrl_c() -> None:
+    swallow_a_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        list(progress_bar(range(3), "Steps"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("kind", [ValueError, SVDiffError])
+def test_an_error_that_a_library_made_of_the_exit_is_not_reported(
+    number: int, code: int, kind: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As torch does if the signal arrives while it asks an object for its shape."""
+
+    def work(config: Any) -> None:
+        swallow_a_signal(number)
+        raise kind("could not determine the shape")
+
+    monkeypatch.setattr(info, "info", work)
+    try:
+        found = cli.main(["info"])
+    except SystemExit as left:
+        found = left.code
+    assert found == code
+    assert capsys.readouterr().err == ""
 
 
 def test_nothing_is_drawn_after_it() -> None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL.Image import Image
-from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
+from ..sampling import sample
 from . import load_pipeline, recogniser, world
 
 STEPS = 20
@@ -62,18 +62,24 @@ def agreement(pipeline: StableDiffusionPipeline, objects: int, prompts: int = 20
     return sum(recogniser.agrees(image, scene) for image, scene in zip(images, scenes, strict=True)) / prompts
 
 
-@torch.no_grad()
-def draw(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int = 0, batch: int = 32) -> list[Image]:
-    """One picture per prompt with DPM-Solver++, `STEPS` steps, guidance `GUIDANCE`."""
-    scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-    sampler = StableDiffusionPipeline(**{**pipeline.components, "scheduler": scheduler}, requires_safety_checker=False)
-    sampler.set_progress_bar_config(disable=True)
-    images: list[Image] = []
-    for start in tqdm(range(0, len(prompts), batch), "drawing", leave=False, disable=len(prompts) <= batch):
-        part = prompts[start : start + batch]
-        generator = torch.Generator().manual_seed(seed + start)
-        images += sampler(part, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generator).images
-    return images
+def draw(pipeline: StableDiffusionPipeline, prompts: Sequence[str], seed: int) -> list[Image]:
+    """A picture of each prompt by DPM-Solver++ in `STEPS` steps, guidance `GUIDANCE`; noise from `seed` on."""
+    before = pipeline.scheduler
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(before.config)
+    try:
+        return list(
+            sample(
+                pipeline,
+                prompts,
+                range(seed, seed + len(prompts)),
+                batch_size=32,
+                num_inference_steps=STEPS,
+                guidance_scale=GUIDANCE,
+                resolution=(world.IMAGE_SIZE, world.IMAGE_SIZE),
+            )
+        )
+    finally:
+        pipeline.scheduler = before
 
 
 if __name__ == "__main__":

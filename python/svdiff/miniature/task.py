@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING
 
 from PIL.Image import Image
 
-from ..sampling import sample
 from . import recogniser, world
-from .evaluate import GUIDANCE, STEPS
+from .evaluate import draw
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -103,21 +102,7 @@ class Task:
 
     def draw(self, pipeline: StableDiffusionPipeline, prompts: Sequence[str]) -> list[Image]:
         """A picture of each prompt, the same noise for every model."""
-        from diffusers import DPMSolverMultistepScheduler
-
-        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-        first = 1000 * (self.seed + 1)
-        return list(
-            sample(
-                pipeline,
-                prompts,
-                range(first, first + len(prompts)),
-                batch_size=32,
-                num_inference_steps=STEPS,
-                guidance_scale=GUIDANCE,
-                resolution=(world.IMAGE_SIZE, world.IMAGE_SIZE),
-            )
-        )
+        return draw(pipeline, prompts, 1000 * (self.seed + 1))
 
     def _split(self, subject: str) -> tuple[list[world.Scene], list[world.Scene]]:
         """Four scenes to learn from, which show every position, size and background; and the others."""

@@ -534,7 +534,7 @@ def test_fifty_kills_change_nothing(tmp_path: Path) -> None:
         pictures = {path.name: path.read_bytes() for path in folder.rglob("*.png")}
         return pictures, json.loads((folder / RUN_FILE).read_text())["loss"], learnt(folder)
 
-    termination.exit_on_sigterm()  # children are told to end from their first moment on
+    termination.exit_on_signals()  # children are told to end from their first moment on
     whole, folder, chance = tmp_path / "whole", tmp_path / "run", random.Random(0)
     assert ended(run(whole)) == 0
     begun = time.perf_counter()
