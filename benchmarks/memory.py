@@ -17,17 +17,16 @@ from tqdm.auto import tqdm
 
 from svdiff_kernels import SVDiffError
 
-from . import child, runner
+from . import child, resident, runner
 from . import device as devices
 from .contenders import Contenders, training_step
 
-_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _OURS = "ours"
 
 
 def run(bench: BenchConfig) -> list[runner.Timing]:
     """Measure one contender after the other; a contender that fails keeps its line and says why."""
-    if bench.device == "cpu" and not _RESET.exists():
+    if bench.device == "cpu" and not resident.is_known():
         raise SVDiffError("bench memory reads /proc, which this system does not have")
     seconds: dict[str, list[float]] = {}
     peaks: dict[str, int] = {}
@@ -67,14 +66,9 @@ def main() -> None:
     if on_gpu:
         devices.forget_peak()
     else:
-        _RESET.write_text("5")  # forget the peak so far
+        resident.forget_peak()
     seconds = [devices.seconds(bench.device, step) for _ in range(bench.rounds)]
-    child.report(label=label, seconds=seconds, peak_bytes=devices.peak_bytes() if on_gpu else _resident_peak())
-
-
-def _resident_peak() -> int:
-    peak = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
-    return 1024 * int(peak.split()[1])
+    child.report(label=label, seconds=seconds, peak_bytes=devices.peak_bytes() if on_gpu else resident.peak_bytes())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Personalisation to be judged: four pictures of each subject to learn from, new prompts, and marks for what is drawn.
+"""Personalisation to be judged: a few pictures of each subject to learn from, new prompts, and marks for what is drawn.
 
 A subject is one of `world.SUBJECTS`, which pretraining has never shown; a rare token stands for it.
 """
@@ -21,6 +21,16 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 _CLASS_SCENES = 142  # beside the plain toys
+_EXAMPLES = (
+    ("left", "large", "white"),
+    ("right", "large", "gray"),
+    ("center", "large", "black"),
+    ("center", "small", "white"),
+    ("left", "small", "gray"),
+    ("right", "small", "black"),
+)
+"""Of the first four, which show every position, size and background, one is small: of what is shown large on a side a
+model may draw a small one there, but hardly the other way round. Six show every size at every position."""
 
 
 @dataclass(frozen=True)
@@ -30,17 +40,19 @@ class Task:
     Attributes:
         subjects: keys of `world.SUBJECTS`.
         seed: of everything that chance decides here.
+        pictures: of each subject to learn from, up to six.
     """
 
     subjects: tuple[str, ...]
     seed: int = 0
+    pictures: int = 4
 
     def token(self, subject: str) -> str:
         """The word that stands for a subject."""
         return world.RARE_TOKENS[self.subjects.index(subject)]
 
     def write_pictures(self, folder: Path, subject: str) -> list[Image]:
-        """Render the four examples of a subject, with their captions in ``metadata.jsonl``."""
+        """Render the examples of a subject, with their captions in ``metadata.jsonl``."""
         folder.mkdir(parents=True)
         rng, images, lines = random.Random(self.seed), [], []
         for i, scene in enumerate(self._split(subject)[0]):
@@ -105,15 +117,10 @@ class Task:
         return draw(pipeline, prompts, 1000 * (self.seed + 1))
 
     def _split(self, subject: str) -> tuple[list[world.Scene], list[world.Scene]]:
-        """Four scenes to learn from, which show every position, size and background; and the others."""
+        """The scenes to learn from, and the others."""
         scenes = world.subject_scenes(subject)
         by_look = {(s.items[0].position, s.items[0].size, s.background): s for s in scenes}
-        examples = [
-            by_look["left", "large", "white"],
-            by_look["right", "small", "gray"],
-            by_look["center", "large", "black"],
-            by_look["center", "small", "white"],
-        ]
+        examples = [by_look[look] for look in _EXAMPLES[: self.pictures]]
         return examples, [scene for scene in scenes if scene not in examples]
 
 
