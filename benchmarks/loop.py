@@ -1,8 +1,8 @@
 """`svdiff train` itself, on a pipeline of real size with random weights: what the loop adds to a step, and the start.
 
 A process of its own, as a user starts it, with decompositions and class pictures at hand. Counted are: the time from
-its start to the end of the first step; whole steps after the first; and of these the part that is forward, backward and
-optimiser. What is left is data, logs and Python.
+its start to the first step, and to the end of that; whole steps after the first; and of these the part that is forward,
+backward and optimiser. What is left is data, logs and Python.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from svdiff_kernels import FactorCache, SVDiffError
 from . import child, registry, runner
 from .models import make_distinct, random_unet
 
-_STEP, _INSIDE, _START = "a step", "forward, backward, optimiser", "start to the end of the first step"
+_STEP, _INSIDE = "a step", "forward, backward, optimiser"
+_START, _FIRST = "start to the first step", "start to its end"
 _VAE = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -57,21 +58,22 @@ def run(bench: BenchConfig) -> list[runner.Timing]:
         raise SVDiffError(f"svdiff train failed: {failure}")
     subject = f"svdiff train, {bench.model}, batch {bench.batch}"
     steps = runner.summarise({_STEP: found["steps"], _INSIDE: found["inside"]}, subject=subject)
-    return steps + runner.summarise({_START: [found["start"]]}, subject=f"{subject}, once")
+    return steps + runner.summarise({_START: [found["start"]], _FIRST: [found["first"]]}, subject=f"{subject}, once")
 
 
 def main() -> None:
     """Train in this process, with a watch in the loop."""
     bench, (folder, started) = child.settings()
     train = importlib.import_module("svdiff.train")
-    ends: list[float] = []
+    begins: list[float] = []  # of everything inside
+    ends: list[float] = []  # of steps
     inside: list[float] = []
 
     def timed(function: Callable[..., Any], is_last: bool) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
-            begin = time.time()
+            begins.append(time.time())
             result = function(*args)
-            inside.append(time.time() - begin)
+            inside.append(time.time() - begins[-1])
             if is_last:
                 ends.append(time.time())
             return result
@@ -102,7 +104,8 @@ def main() -> None:
         )
     steps = [end - before for before, end in pairwise(ends)]
     per_step = [inside[2 * i] + inside[2 * i + 1] for i in range(1, len(ends))]
-    child.report(start=ends[0] - float(started), steps=steps, inside=per_step)
+    start, first = begins[0] - float(started), ends[0] - float(started)
+    child.report(start=start, first=first, steps=steps, inside=per_step)
 
 
 def _pipeline(bench: BenchConfig) -> Any:

@@ -1,8 +1,8 @@
 """What is learnt, and at what price: ``python -m benchmarks.quality single benchmarks/results/quality``.
 
 Teaches the miniature subjects that it has never seen and has the recogniser judge new pictures, for several seeds (of
-subject, pictures, training and noise). Each run is a process of its own, on one core, and leaves a JSON file in the
-folder; what is there is not run again. Prints a table with means and spreads, and draws the course over steps.
+subject, pictures, training and noise). Each run is a process of its own, and leaves a JSON file in the folder; what is
+there is not run again. Prints a table with means and spreads, and draws the course over steps.
 
 - single: one subject; spectral shifts, LoRA and full fine-tuning, by the same loop.
 - precision: one subject; spectral shifts in fp32, bf16 and fp16.
@@ -102,8 +102,9 @@ def main() -> int:
     }  # fmt: skip
     options.folder.mkdir(parents=True, exist_ok=True)
     missing = [(options.experiment, name, seed, file) for (name, seed), file in files.items() if not file.exists()]
+    threads = max(1, (os.cpu_count() or 1) // options.jobs)
     with ThreadPoolExecutor(options.jobs) as pool:
-        list(tqdm(pool.map(lambda run: _in_a_child(*run), missing), desc="runs", total=len(missing)))
+        list(tqdm(pool.map(lambda run: _in_a_child(threads, *run), missing), desc="runs", total=len(missing)))
     found = {name: [json.loads(files[name, seed].read_text()) for seed in range(options.seeds)] for name in names}
     by_label = {contenders[name].label: runs for name, runs in found.items()}
     print(_table(by_label))
@@ -112,11 +113,10 @@ def main() -> int:
     return 0
 
 
-def _in_a_child(experiment: str, name: str, seed: int, file: Path) -> None:
+def _in_a_child(threads: int, experiment: str, name: str, seed: int, file: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.quality", experiment, str(file.parent), "--run", name, str(seed)]
-    done = subprocess.run(
-        command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(json.loads(done.stdout.splitlines()[-1]), indent=1) + "\n")
     partial.replace(file)

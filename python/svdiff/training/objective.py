@@ -31,7 +31,7 @@ def make_objective(
     buckets: Sequence[Size],
     trained_encoders: Collection[str],
 ) -> DreamBooth:
-    """Batches and their loss; all that can be encoded beforehand has been.
+    """Batches and their loss; several processes have shared what can be encoded beforehand.
 
     Args:
         config: settings of the run.
@@ -97,7 +97,8 @@ def make_objective(
         process=host.process_index,
         processes=host.num_processes,
     )
-    objective.prepare()
+    if host.num_processes > 1:  # one alone encodes a picture when it is first drawn, and begins sooner
+        objective.prepare()
     return objective
 
 

@@ -83,7 +83,7 @@ class Latents:
                 by_size.setdefault(piece.size, []).append(piece)
         shares = [share(group, self._process, self._processes) for group in by_size.values()]
         encoded = {
-            piece: self._encode([self._cut(piece, torch.Generator())])  # which decides nothing
+            piece: self._encode_fixed(piece)
             for piece in progress_bar([piece for mine in shares for piece in mine], "Encoding pictures", delay=3)
         }
         for group, mine in zip(by_size.values(), shares, strict=True):
@@ -93,6 +93,9 @@ class Latents:
 
     def draw(self, pieces: Sequence[Piece], rngs: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
         """Latents ``[B, C, h, w]`` of pieces of one size, and their sizes ``[B, 6]``; a generator each."""
+        for piece in pieces:
+            if self._cache and piece not in self._known and self.is_fixed(piece):
+                self._known[piece] = self._encode_fixed(piece)
         new = [i for i, piece in enumerate(pieces) if piece not in self._known]
         made = self._encode([self._cut(pieces[i], rngs[i]) for i in new]) if new else None
         rows = [
@@ -102,6 +105,10 @@ class Latents:
         mean, std, sizes = (torch.cat(parts) for parts in zip(*rows, strict=True))
         noise = torch.stack([torch.randn(mean.shape[1:], generator=rng) for rng in rngs])
         return mean + std * noise.to(mean.device), sizes
+
+    def _encode_fixed(self, piece: Piece) -> Encoded:
+        """By itself: of a batch the rounding would depend on its neighbours."""
+        return self._encode([self._cut(piece, torch.Generator())])  # which decides nothing
 
     def _cut(self, piece: Piece, rng: torch.Generator) -> Cut:
         picture = self._pictures[piece.picture]

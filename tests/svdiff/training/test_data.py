@@ -249,14 +249,16 @@ def test_latents_are_a_sample_of_what_the_vae_says_in_the_denoisers_units(size: 
     assert sizes.tolist() == [[*size, 0, 0, *size]]
 
 
-def test_latents_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("beforehand", [True, False])
+def test_latents_are_encoded_once(monkeypatch: pytest.MonkeyPatch, beforehand: bool) -> None:
     vae, calls = tiny_vae(), []
     encode = vae.encode
     monkeypatch.setattr(vae, "encode", lambda pixels: calls.append(len(pixels)) or encode(pixels))
     latents = Latents(vae, [loaded(16, 16), loaded(16, 40)], center_crop=False, cache=True)
     square, wide = Piece(0, (16, 16)), Piece(1, (16, 16))
-    latents.prepare([square, square, wide])
-    assert calls == [1]
+    if beforehand:
+        latents.prepare([square, square, wide])
+        assert calls == [1]
     for _ in range(2):
         latents.draw([square, wide, wide], [torch.Generator()] * 3)
     assert calls == [1, 2, 2]  # those that are cut at random, together
