@@ -34,7 +34,7 @@ def run(bench: BenchConfig) -> list[runner.Timing]:
     config = Path(bench.config) if bench.config else registry.CONFIGS / registry.MODELS[bench.model]
     rng = random.Random(0)
     seconds: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory(dir=".") as place:
+    with tempfile.TemporaryDirectory(dir=".", prefix="bench-") as place:
         folder = Path(place)
         model = random_unet(config, runner.DTYPES[bench.dtype])
         make_distinct(model)

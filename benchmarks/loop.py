@@ -42,7 +42,7 @@ _VAE = {
 
 def run(bench: BenchConfig) -> list[runner.Timing]:
     """Measure one run of `rounds` steps after the first; the first timing is a whole step."""
-    with tempfile.TemporaryDirectory(dir=".") as place:
+    with tempfile.TemporaryDirectory(dir=".", prefix="bench-") as place:
         folder = Path(place).resolve()
         pipeline = _pipeline(bench)
         pipeline.save_pretrained(folder / "base")

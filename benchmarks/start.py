@@ -44,11 +44,14 @@ class Decomposing(FactorCache):
 def run(bench: BenchConfig) -> list[runner.Timing]:
     """Measure every way `rounds` times; the first timing is ours with a warm cache."""
     seconds: dict[str, list[float]] = {label: [] for label in WAYS.values()}
-    with tempfile.TemporaryDirectory(dir=".") as kept, tqdm(total=1 + len(WAYS) * bench.rounds) as progress:
+    with (
+        tempfile.TemporaryDirectory(dir=".", prefix="bench-") as kept,
+        tqdm(total=1 + len(WAYS) * bench.rounds) as progress,
+    ):
         for way in ("cold", *(way for _ in range(bench.rounds) for way in WAYS)):
             progress.set_description(WAYS[way])
             filling = progress.n == 0
-            with tempfile.TemporaryDirectory(dir=".") as fresh:
+            with tempfile.TemporaryDirectory(dir=".", prefix="bench-") as fresh:
                 cache = kept if filling or way == "warm" else fresh
                 found = child.call("start", bench, way, str(Path(cache).resolve()))
             progress.update()
