@@ -7,6 +7,7 @@ from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
 
+import numpy as np
 import torch
 from tiny import tiny_pipeline, tiny_text_encoder, tiny_tokenizer, tiny_unet, tiny_vae
 
@@ -122,3 +123,13 @@ PIPELINES: dict[str, Callable[[Path], Any]] = {
     "flux schnell": lambda folder: tiny_flux_pipeline(folder, guidance=False),
 }
 """A pipeline of each family, in each of its variants, by a name."""
+
+
+def draw(pipeline: Any) -> np.ndarray:
+    """A picture of ``[1, 16, 16, 3]``, always of the same noise."""
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    images = pipeline(
+        "a dog", height=16, width=16, num_inference_steps=2, guidance_scale=3.0, output_type="np", generator=generator
+    ).images
+    return np.asarray(images)

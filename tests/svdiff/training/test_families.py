@@ -21,7 +21,7 @@ from svdiff.sampling import sample
 from svdiff.training.families import family_of
 from svdiff.training.sources import Captions
 from tiny import RESOLUTION, assert_unchanged, snapshot
-from tiny_pipelines import PIPELINES
+from tiny_pipelines import PIPELINES, draw
 from torch import Tensor
 
 from svdiff_kernels import SVDiffError
@@ -220,12 +220,3 @@ def test_target_subsets(
     keys = load_file(file).keys()
     assert f"{wanted}.delta" in keys
     assert f"{not_wanted}.delta" not in keys
-
-
-def draw(pipeline: Any) -> np.ndarray:
-    pipeline.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(0)
-    images = pipeline(
-        "a dog", height=16, width=16, num_inference_steps=2, guidance_scale=3.0, output_type="np", generator=generator
-    ).images
-    return np.asarray(images)

@@ -18,6 +18,7 @@ from svdiff.pipelines import load_pipeline
 from svdiff.training.families import family_of
 from svdiff.training.methods import METHODS
 from tiny import RESOLUTION, assert_unchanged, snapshot
+from tiny_pipelines import draw
 
 from svdiff_kernels import SVDiffError
 
@@ -29,15 +30,6 @@ def config(base: Path, pictures: Path, tmp_path: Path) -> TrainConfig:
         resolution=RESOLUTION, learning_rate=0.05, report_to="none", validation_prompt=["a dog"],
         validation_num_inference_steps=1, num_validation_images=1,
     )  # fmt: skip
-
-
-def draw(pipeline: Any) -> np.ndarray:
-    pipeline.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(0)
-    images = pipeline(
-        "a dog", height=16, width=16, num_inference_steps=2, guidance_scale=3.0, output_type="np", generator=generator
-    ).images
-    return np.asarray(images)
 
 
 def differ(one: np.ndarray, other: np.ndarray) -> float:
