@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from processes import Signal, alone, ended, fork, killed, run_alone
+from processes import Signal, alone, ended, exit_code, fork, killed, run_alone
 from torch import Tensor
 
 from svdiff_kernels import FactorCache, Factors, decompose, objects
@@ -283,7 +283,7 @@ def test_a_forked_process_can_hash(tmp_path: Path) -> None:
     def hash_again() -> None:
         assert content_hash(W) == content
 
-    assert ended(fork(hash_again), seconds=20) == 0
+    assert exit_code(fork(hash_again), seconds=20) == 0
 
 
 if __name__ == "__main__":

@@ -68,6 +68,12 @@ def test_mixtures_of_classes_are_called_by_their_classes() -> None:
     assert all(mixture.arrangement == COLUMNS for mixture in drawn(found, 20))
 
 
+def test_every_half_that_may_be_needed_is_known_beforehand() -> None:
+    columns, rows = (16, 8), (8, 16)
+    assert sorted(mixes().halves(SIZE)) == [(picture, size) for picture in range(6) for size in sorted([columns, rows])]
+    assert mixes(prompts=["{first} left {second}"]).halves(SIZE) == [(picture, columns) for picture in range(6)]
+
+
 def test_names_that_cannot_be_told() -> None:
     with pytest.raises(SVDiffError, match="left and right, or top and bottom"):
         mixes(prompts=["{first} near {second}"])
@@ -118,10 +124,9 @@ def spots() -> Tensor:
     return found
 
 
-def probabilities(unet: Any) -> dict[str, Tensor]:
+def probabilities(unet: Any, inputs: Any) -> dict[str, Tensor]:
     """Attention of every cross-attention layer, by a way of its own: ``[B, heads, T, 5]``."""
     found: dict[str, Tensor] = {}
-    x, t, context = unet_inputs()
 
     def watch(module: Any, args: Any, kwargs: Any, name: str) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -136,34 +141,67 @@ def probabilities(unet: Any) -> dict[str, Tensor]:
         for name, module in unet.named_modules()
         if name.endswith("attn2")
     ]
-    unet(x, t, context)
+    unet(*inputs)
     for hook in hooks:
         hook.remove()
     return found
 
 
-def test_the_unmix_loss_is_attention_to_a_subject_from_the_others_half() -> None:
-    unet = tiny_unet()
+DEEP = {
+    "block_out_channels": (8, 16, 16),
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 3,
+}
+SHALLOW = {
+    "block_out_channels": (8,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "mid_block_type": None,
+    "up_block_types": ("CrossAttnUpBlock2D",),
+}
+
+
+@pytest.mark.parametrize("size", [(8, 8), (8, 16), (16, 8)], ids=["square", "wide", "high"])
+@pytest.mark.parametrize(
+    ("changes", "looked_at"),
+    [({}, 1), (DEEP, 2 + 1 + 4), (SHALLOW, 3)],
+    ids=["one layer", "several levels", "full resolution only"],
+)
+def test_the_unmix_loss_is_attention_to_a_subject_from_the_others_half(
+    changes: dict[str, Any], looked_at: int, size: tuple[int, int]
+) -> None:
+    unet = tiny_unet(**changes)
+    _, t, context = unet_inputs()
+    inputs = torch.randn(2, 4, *size, generator=torch.Generator().manual_seed(1)), t, context
     unmix = Unmix(unet, spots())
-    x, t, context = unet_inputs()
+    unet(*inputs)  # as for a validation picture
     unmix.start()
-    unet(x, t, context)
-    found = unmix.loss(torch.tensor([1, 2]), torch.tensor([COLUMNS, ROWS]), (8, 8))
+    unet(*inputs)
+    found = unmix.loss(torch.tensor([1, 2]), torch.tensor([COLUMNS, ROWS]), size)
     unmix.release()
 
+    outer = ("down_blocks.0.", f"up_blocks.{len(unet.up_blocks) - 1}.") if len(unet.up_blocks) > 1 else ()
+    seen_by = [seen for name, seen in probabilities(unet, inputs).items() if not name.startswith(outer)]
+    assert len(seen_by) == looked_at
     losses = []
-    for name, seen in probabilities(unet).items():
-        if name.startswith(("down_blocks.0", "up_blocks.1")):  # full resolution
-            continue
-        side = int(seen.shape[2] ** 0.5)
-        place = torch.arange(side * side)
-        right, below = place % side >= side / 2, place // side >= side / 2
+    for seen in seen_by:
+        height = next(h for h in (16, 8, 4, 2) if h * (h * size[1] // size[0]) == seen.shape[2])
+        width = seen.shape[2] // height
+        place = torch.arange(height * width)
+        right, below = place % width >= width / 2, place // width >= height / 2
         left_token, right_token = seen[0, :, :, 1], seen[0, :, :, 3]
         top_token, bottom_token = seen[1, :, :, 2] + seen[1, :, :, 3], seen[1, :, :, 4]
         for first, second, there in ((left_token, right_token, right), (top_token, bottom_token, below)):
             square = torch.cat([first[:, there].square(), second[:, ~there].square()], dim=1)
-            losses.append(square.sum(dim=1).mean() / (side * side))
+            losses.append(square.sum(dim=1).mean() / (height * width))
     torch.testing.assert_close(found, torch.stack(losses).mean())
+
+
+def test_a_denoiser_without_cross_attention_has_nothing_to_unmix() -> None:
+    plain = tiny_unet(
+        down_block_types=("DownBlock2D",) * 2, mid_block_type="UNetMidBlock2D", up_block_types=("UpBlock2D",) * 2
+    )
+    with pytest.raises(SVDiffError, match="has no cross-attention to look at"):
+        Unmix(plain, spots())
 
 
 def test_plain_pictures_add_nothing_and_mixtures_can_be_learnt_from() -> None:
@@ -178,6 +216,7 @@ def test_plain_pictures_add_nothing_and_mixtures_can_be_learnt_from() -> None:
 
     assert loss(PLAIN, PLAIN) == 0
     torch.testing.assert_close(loss(COLUMNS, PLAIN) + loss(PLAIN, ROWS), loss(COLUMNS, ROWS))
+    assert not unmix._maps  # or they, and their graph, would stay until the next step
     before = loss(COLUMNS, ROWS)
     optimizer = torch.optim.SGD(unet.parameters(), lr=10.0)
     for _ in range(5):

@@ -28,6 +28,7 @@ import svdiff
 import torch
 import torch.distributed as dist
 from PIL import Image
+from processes import exit_code
 from safetensors.torch import load_file, save_file
 from svdiff import cli
 from torch import Tensor
@@ -489,7 +490,7 @@ def serve() -> None:
                 work(rank, job)
             pids.append(pid)
         print(json.dumps(pids), flush=True)
-        print(json.dumps([ended(pid) for pid in pids]), flush=True)
+        print(json.dumps([exit_code(pid, 90) for pid in pids]), flush=True)
     os._exit(0)
 
 
@@ -514,17 +515,6 @@ def work(rank: int, job: dict[str, Any]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # what else Python does at its end takes longer than all the rest
-
-
-def ended(pid: int, seconds: float = 90) -> int:
-    for _ in range(int(seconds * 100)):
-        found, status = os.waitpid(pid, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return 1000  # it hung
 
 
 if __name__ == "__main__":
