@@ -94,22 +94,15 @@ class Task:
         """For prior pictures: toys of no kind wherever the subject is taught to stand, and plain scenes.
 
         Args:
-            pairs: of two toys, and of two objects, too.
+            pairs: plain scenes of two objects, too.
         """
         rng = random.Random(f"prior/{self.seed}")
-        toy = world.CLASS_NOUN
         toys = [
-            f"a {size} {toy} {world.place(position)}, {background} background"
+            f"a {size} {world.CLASS_NOUN} {world.place(position)}, {background} background"
             for position in world.POSITIONS
             for size in world.SIZES
             for background in world.BACKGROUNDS
         ]
-        if pairs:
-            toys += [
-                f"a {size} {toy} on the left and a {size} {toy} on the right, {background} background"
-                for size in world.SIZES
-                for background in world.BACKGROUNDS
-            ]
         return toys + [world.caption(world.sample_scene(rng, None if pairs else 1)) for _ in range(_CLASS_SCENES)]
 
     def draw(self, pipeline: StableDiffusionPipeline, prompts: Sequence[str]) -> list[Image]:

@@ -14,6 +14,7 @@ from .config import TrainConfig
 from .data import Picture, dataset_pictures, find_pictures
 
 _OPENING = re.compile(r"^\s*(?:an?\s+)?(?:photo|picture|image|painting|rendering)\s+of\s+", re.IGNORECASE)
+_WORDS = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class Concept:
         if not phrase:
             raise SVDiffError(f"{self}: mixed pictures need an instance_prompt, or a phrase such as 'a sks dog'")
         return phrase.strip(), (class_phrase or phrase).strip()
+
+    def is_named(self, caption: str) -> bool:
+        """Whether a caption names the class: of class pictures, others than those cannot pass for it in a mixture."""
+        words = set(_WORDS.findall(self.names()[1].lower())) - {"a", "an", "the"}
+        return words <= set(_WORDS.findall(caption.lower()))
 
     def own_token(self) -> str:
         """`token`, by default the words of the phrase that the class's phrase lacks.

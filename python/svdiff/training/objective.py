@@ -59,14 +59,15 @@ def make_objective(
         members = [[numbers[picture] for picture in group] for group in groups]
         cut_mix = None
         if config.cut_mix_probability:
+            of_classes = name == "class"
             cut_mix = CutMix(
                 concepts,
-                members,
+                [_naming(*pair, captions) for pair in zip(concepts, members, strict=True)] if of_classes else members,
                 config.cut_mix_prompts,
                 probability=config.cut_mix_probability,
-                of_classes=name == "class",
+                of_classes=of_classes,
             )
-            mixtures |= cut_mix.captions() if name == "instance" else dict.fromkeys(cut_mix.captions(), (-1, -1))
+            mixtures |= dict.fromkeys(cut_mix.captions(), (-1, -1)) if of_classes else cut_mix.captions()
         distinct = list(dict.fromkeys(number for group in members for number in group))
         pools.append(Pool(name, distinct, loaded, captions, cut_mix, config.seed))
     distinct_captions = sorted({*captions, *mixtures})
@@ -100,6 +101,11 @@ def make_objective(
     if host.num_processes > 1:  # one alone encodes a picture when it is first drawn, and begins sooner
         objective.prepare()
     return objective
+
+
+def _naming(concept: Concept, members: Sequence[int], captions: Sequence[str]) -> Sequence[int]:
+    """Of class pictures those whose captions name the class, if any do: a mixture's caption says nothing else."""
+    return [number for number in members if concept.is_named(captions[number])] or members
 
 
 def _spots(

@@ -90,6 +90,7 @@ def test_names_and_tokens() -> None:
     assert plain.own_token() == "sks"
     named = replace(plain, phrase="the [V] hound", class_phrase="a hound", token="[V] hound")
     assert named.names() == ("the [V] hound", "a hound")
+    assert plain.is_named("A Dog, running") and not plain.is_named("dogs") and not plain.is_named("a hound")
     assert named.own_token() == "[V] hound"
     assert Concept("a", "an image of a sks toy").names() == ("a sks toy", "a sks toy")
     with pytest.raises(SVDiffError, match="concept a: mixed pictures need an instance_prompt"):

@@ -271,6 +271,31 @@ def test_training_with_mixtures(config: TrainConfig, tmp_path: Path, prior: bool
     assert unmixed.losses[1:] != mixed.losses[1:]
 
 
+def test_only_class_pictures_that_name_the_class_are_mixed(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any other is a prior picture by itself: of it a mixture's caption would not be true."""
+    concepts = json.loads((tmp_path / "concepts.json").read_text())
+    shown = {"dog": ["a dog", "a Dog's nose", "a tree"], "cat": ["a tree", "a house"]}
+    for concept, (noun, captions) in zip(concepts, shown.items(), strict=True):
+        (folder := tmp_path / noun).mkdir()
+        for i, caption in enumerate(captions):
+            Image.effect_noise(SIZE, 60).convert("RGB").save(folder / f"{i}.png")
+            (folder / f"{i}.txt").write_text(caption)
+        concept["class_data_dir"] = str(folder)
+    (tmp_path / "concepts.json").write_text(json.dumps(concepts))
+    made = []
+
+    def watched(*args: Any, **kwargs: Any) -> CutMix:
+        made.append((kwargs["of_classes"], [len(group) for group in args[1]]))
+        return CutMix(*args, **kwargs)
+
+    monkeypatch.setattr("svdiff.training.objective.CutMix", watched)
+    train(replace(config, with_prior_preservation=True, num_class_images=2, max_train_steps=1))
+    of_classes = [sizes for is_of_classes, sizes in made if is_of_classes]
+    assert of_classes == [[2, 2]]  # no caption names a cat: then it is any of them
+
+
 def test_a_token_that_is_cut_off_is_told(config: TrainConfig) -> None:
     long = ["left " + "a b c d e f g " * 3 + "{first} {second}"]
     with pytest.raises(SVDiffError, match="is not in the caption"):
