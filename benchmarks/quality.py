@@ -58,7 +58,7 @@ class Contender:
 
 
 _LORA = {"method": "lora", "targets": "attention"}  # as diffusers' scripts have it
-_MIX = {"cut_mix_probability": 0.6, "cut_mix_prompts": ["{first} on the left and {second} on the right"]}
+_MIX = {"cut_mix_probability": 0.6, "cut_mix_prompts": ["{first} on the left and {second} on the right, white background"]}
 EXPERIMENTS: dict[str, dict[str, Contender]] = {
     "single": {
         "svdiff": Contender("spectral shifts"),

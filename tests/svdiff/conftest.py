@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from svdiff import termination
+from svdiff import TrainConfig, termination
 from tiny import tiny_unet
 from tiny_pipelines import PIPELINES
 
@@ -92,3 +92,18 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, size in {"a.png": (16, 16), "b.png": (24, 20), "c.jpg": (17, 31)}.items():
         Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / name)
     return folder
+
+
+@pytest.fixture
+def config(base: Path, pictures: Path, tmp_path: Path) -> TrainConfig:
+    """Of a short training of the tiny pipeline."""
+    return TrainConfig(
+        str(base),
+        str(pictures),
+        instance_prompt="a sks dog",
+        output_dir=str(tmp_path / "run"),
+        max_train_steps=4,
+        prior_generation_num_inference_steps=2,
+        validation_num_inference_steps=2,
+        report_to="none",
+    )

@@ -25,20 +25,6 @@ from svdiff_kernels import SVDiffError
 SHIFTS, TEXT_SHIFTS = "spectral_shifts.safetensors", "spectral_shifts_te.safetensors"
 
 
-@pytest.fixture
-def config(base: Path, pictures: Path, tmp_path: Path) -> TrainConfig:
-    return TrainConfig(
-        str(base),
-        str(pictures),
-        instance_prompt="a sks dog",
-        output_dir=str(tmp_path / "run"),
-        max_train_steps=4,
-        prior_generation_num_inference_steps=2,
-        validation_num_inference_steps=2,
-        report_to="none",
-    )
-
-
 def shifts(folder: Path, name: str = SHIFTS) -> dict[str, Tensor]:
     return load_file(folder / name)
 

@@ -32,6 +32,8 @@ _EXAMPLES = (
 """Of the first four, which show every position, size and background, one is small: of what is shown large on a side a
 model may draw a small one there, but hardly the other way round. Six show every size at every position."""
 
+_GROUND = "white"
+
 
 @dataclass(frozen=True)
 class Task:
@@ -101,7 +103,7 @@ class Task:
             f"a {size} {world.CLASS_NOUN} {world.place(position)}, {background} background"
             for position in world.POSITIONS
             for size in world.SIZES
-            for background in world.BACKGROUNDS
+            for background in ([_GROUND] if pairs else world.BACKGROUNDS)
         ]
         return toys + [world.caption(world.sample_scene(rng, None if pairs else 1)) for _ in range(_CLASS_SCENES)]
 
@@ -113,7 +115,8 @@ class Task:
         """The scenes to learn from, and the others."""
         scenes = world.subject_scenes(subject)
         by_look = {(s.items[0].position, s.items[0].size, s.background): s for s in scenes}
-        examples = [by_look[look] for look in _EXAMPLES[: self.pictures]]
+        several = len(self.subjects) > 1
+        examples = [by_look[p, z, _GROUND if several else g] for p, z, g in _EXAMPLES[: self.pictures]]
         return examples, [scene for scene in scenes if scene not in examples]
 
 

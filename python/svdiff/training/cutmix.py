@@ -11,7 +11,7 @@ import torch
 from svdiff_kernels import SVDiffError
 
 from .concepts import Concept
-from .data import Size
+from .data import Half
 
 PROMPTS = (
     "photo of {first} on the left and {second} on the right",
@@ -39,10 +39,10 @@ class Mixture:
     arrangement: int
     caption: str
 
-    def half_size(self, size: Size) -> Size:
-        """Of each picture's piece."""
-        height, width = size
-        return (height, width // 2) if self.arrangement == COLUMNS else (height // 2, width)
+    @property
+    def halves(self) -> tuple[Half, Half]:
+        """Where the pictures are."""
+        return _halves(self.arrangement)
 
 
 class CutMix:
@@ -77,10 +77,10 @@ class CutMix:
         pairs = itertools.permutations(range(len(self._names)), 2)
         return {self._caption(prompt, *pair): pair for pair in pairs for prompt, _ in self._prompts}
 
-    def halves(self, size: Size) -> list[tuple[int, Size]]:
-        """Every piece that a mixture may be made of: the picture, and the size of its half."""
-        sizes = {Mixture((0, 0), arrangement, "").half_size(size) for _, arrangement in self._prompts}
-        return [(picture, part) for group in self._pictures for picture in group for part in sorted(sizes)]
+    def pieces(self) -> list[tuple[int, Half]]:
+        """All that a mixture may be made of: the picture, and the half that it fills."""
+        halves = [half for arrangement in sorted({a for _, a in self._prompts}) for half in _halves(arrangement)]
+        return [(picture, half) for group in self._pictures for picture in group for half in halves]
 
     def draw(self, rng: torch.Generator) -> Mixture | None:
         """A mixture, or None if this sample shall not be one."""
@@ -93,6 +93,11 @@ class CutMix:
 
     def _caption(self, prompt: str, first: int, second: int) -> str:
         return prompt.replace("{first}", self._names[first]).replace("{second}", self._names[second])
+
+
+def _halves(arrangement: int) -> tuple[Half, Half]:
+    axis = -1 if arrangement == COLUMNS else -2
+    return Half(axis, 0), Half(axis, 1)
 
 
 def _arrangement(prompt: str) -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -169,15 +169,42 @@ def cut(picture: Loaded, size: Size, *, center: bool, flip: bool, rng: torch.Gen
     return _piece(_pixels(image), picture, (corner[0], corner[1]), size, flip)
 
 
-def half(picture: Loaded, size: Size, *, flip: bool) -> Cut:
-    """Of the picture scaled to cover the size of a half of a canvas, the piece with most to be seen in it.
+class Half(NamedTuple):
+    """Of a canvas.
 
-    Subjects are not always in the middle. What there is to be seen is told by how much neighbouring pixels differ.
+    Attributes:
+        axis: -1: left or right; -2: upper or lower.
+        side: 0: left or upper; 1: right or lower.
     """
+
+    axis: int
+    side: int
+
+    def size(self, canvas: Size) -> Size:
+        """Of the half, in pixels."""
+        height, width = canvas
+        return (height, width // 2) if self.axis == -1 else (height // 2, width)
+
+    def of(self, canvas: Tensor) -> Tensor:
+        """This half of ``[..., h, w]``."""
+        return canvas.chunk(2, dim=self.axis)[self.side]
+
+
+def half(picture: Loaded, canvas: Size, place: Half) -> Cut:
+    """A canvas with a piece of the picture in one half, and the same mirrored in the other.
+
+    Of the picture scaled to cover the half it is the piece with most to be seen in it: subjects are not always in the
+    middle. What there is to be seen is told by how much neighbouring pixels differ. Where the halves meet, the canvas
+    goes on as a picture does: a VAE that saw but the half would take its edge for a picture's, and leave a seam.
+    """
+    size = place.size(canvas)
     pixels = _pixels(_covering(picture.image, size))
     detail = pixels.diff(dim=1).abs().sum(0)[:, :-1] + pixels.diff(dim=2).abs().sum(0)[:-1]
     corner = _richest(detail.sum(1), size[0]), _richest(detail.sum(0), size[1])
-    return _piece(pixels, picture, corner, size, flip)
+    piece = _piece(pixels, picture, corner, size, flip=False)
+    sides = [piece.pixels.flip(place.axis)] * 2
+    sides[place.side] = piece.pixels
+    return replace(piece, pixels=torch.cat(sides, dim=place.axis))
 
 
 def buckets_of(text: str, resolution: int, multiple: int) -> list[Size]:

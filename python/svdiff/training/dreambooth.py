@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .chance import Order, generator
-from .cutmix import COLUMNS, PLAIN, CutMix, Mixture
+from .cutmix import PLAIN, CutMix, Mixture
 from .data import Loaded, Size
 from .families import Family
 from .noising import Noising
@@ -145,8 +145,8 @@ class DreamBooth:
         for pool in self._pools[1:]:  # of classes: cut to the size of the subjects' pictures in the batch
             pieces += [Piece(number, size, flip=flip) for number in pool.numbers for size in sizes for flip in flips]
         for pool in self._pools:
-            halves = (part for size in sizes for part in (pool.cut_mix.halves(size) if pool.cut_mix else ()))
-            pieces += [Piece(number, part, is_half=True) for number, part in halves]
+            for number, half in pool.cut_mix.pieces() if pool.cut_mix else ():
+                pieces += [Piece(number, size, half) for size in sizes]
         self._latents.prepare(pieces)
 
     def draw(self, batch: int) -> Batch:
@@ -211,10 +211,10 @@ class DreamBooth:
 
     def _mix(self, mixture: Mixture, size: Size, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """Two halves are put together as latents: so each is encoded but once."""
-        pieces = [Piece(number, mixture.half_size(size), is_half=True) for number in mixture.pictures]
-        latents, _ = self._latents.draw(pieces, [rng, rng])
-        mixed = torch.cat(latents.split(1), dim=3 if mixture.arrangement == COLUMNS else 2)
-        return mixed, torch.tensor([[*size, 0, 0, *size]], device=latents.device)
+        pieces = [Piece(number, size, half) for number, half in zip(mixture.pictures, mixture.halves, strict=True)]
+        latents = [self._latents.draw([piece], [rng])[0] for piece in pieces]
+        mixed = torch.cat(latents, dim=mixture.halves[0].axis)
+        return mixed, torch.tensor([[*size, 0, 0, *size]], device=mixed.device)
 
 
 class _Sample(NamedTuple):

@@ -10,16 +10,23 @@ from torch import Tensor
 
 from ..processes import share
 from ..progress import progress_bar
-from .data import Cut, Loaded, Size, cut, half, leaves_no_choice
+from .data import Cut, Half, Loaded, Size, cut, half, leaves_no_choice
 from .families import Conditions, Family
 
 
 class Piece(NamedTuple):
-    """A piece of a picture: its number, how large, whether the half with most in it, and whether mirrored."""
+    """What is seen of a picture.
+
+    Attributes:
+        picture: its number.
+        size: of the canvas, in pixels.
+        half: which the picture fills with what has most in it; None for all of the canvas.
+        flip: whether it is mirrored; halves are not.
+    """
 
     picture: int
     size: Size
-    is_half: bool = False
+    half: Half | None = None
     flip: bool = False
 
 
@@ -39,6 +46,10 @@ class Encoded(NamedTuple):
     def row(self, i: int) -> Encoded:
         """Of the i-th piece alone."""
         return Encoded(*(part[i : i + 1] for part in self))
+
+    def cut(self, half: Half | None) -> Encoded:
+        """Only a half of each canvas, if not all of it is asked for."""
+        return self if half is None else self._replace(mean=half.of(self.mean), std=half.of(self.std))
 
 
 class Latents:
@@ -73,7 +84,7 @@ class Latents:
     def is_fixed(self, piece: Piece) -> bool:
         """Whether a piece is the same at each draw."""
         image = self._pictures[piece.picture].image
-        return piece.is_half or self._center_crop or leaves_no_choice(image, piece.size)
+        return piece.half is not None or self._center_crop or leaves_no_choice(image, piece.size)
 
     def prepare(self, pieces: Sequence[Piece]) -> None:
         """Encode those that are the same at each draw; each process encodes its share, and all get all."""
@@ -92,14 +103,14 @@ class Latents:
             self._known |= {piece: everyone.row(i) for i, piece in enumerate(group)}
 
     def draw(self, pieces: Sequence[Piece], rngs: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
-        """Latents ``[B, C, h, w]`` of pieces of one size, and their sizes ``[B, 6]``; a generator each."""
+        """Latents ``[B, C, h, w]`` of pieces of one shape, and their sizes ``[B, 6]``; a generator each."""
         for piece in pieces:
             if self._cache and piece not in self._known and self.is_fixed(piece):
                 self._known[piece] = self._encode_fixed(piece)
         new = [i for i, piece in enumerate(pieces) if piece not in self._known]
         made = self._encode([self._cut(pieces[i], rngs[i]) for i in new]) if new else None
         rows = [
-            self._known[piece] if made is None or i not in new else made.row(new.index(i))
+            (self._known[piece] if made is None or i not in new else made.row(new.index(i))).cut(piece.half)
             for i, piece in enumerate(pieces)
         ]
         mean, std, sizes = (torch.cat(parts) for parts in zip(*rows, strict=True))
@@ -112,8 +123,8 @@ class Latents:
 
     def _cut(self, piece: Piece, rng: torch.Generator) -> Cut:
         picture = self._pictures[piece.picture]
-        if piece.is_half:
-            return half(picture, piece.size, flip=piece.flip)
+        if piece.half is not None:
+            return half(picture, piece.size, piece.half)
         return cut(picture, piece.size, center=self._center_crop, flip=piece.flip, rng=rng)
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from PIL import Image
 from svdiff import TrainConfig, train
 from svdiff.training.concepts import Concept
 from svdiff.training.cutmix import COLUMNS, PLAIN, PROMPTS, ROWS, CutMix
-from svdiff.training.data import Loaded
+from svdiff.training.data import Half, Loaded
 from svdiff.training.dreambooth import DreamBooth, Pool
 from svdiff.training.families import family_of
 from svdiff.training.noising import Diffusion
@@ -69,9 +69,9 @@ def test_mixtures_of_classes_are_called_by_their_classes() -> None:
 
 
 def test_every_half_that_may_be_needed_is_known_beforehand() -> None:
-    columns, rows = (16, 8), (8, 16)
-    assert sorted(mixes().halves(SIZE)) == [(picture, size) for picture in range(6) for size in sorted([columns, rows])]
-    assert mixes(prompts=["{first} left {second}"]).halves(SIZE) == [(picture, columns) for picture in range(6)]
+    columns, rows = [Half(-1, 0), Half(-1, 1)], [Half(-2, 0), Half(-2, 1)]
+    assert mixes().pieces() == [(picture, half) for picture in range(6) for half in columns + rows]
+    assert mixes(prompts=["{first} left {second}"]).pieces() == list(itertools.product(range(6), columns))
 
 
 def test_names_that_cannot_be_told() -> None:
@@ -107,13 +107,18 @@ def test_a_mixture_is_two_halves(pipeline: Any, arrangement: int) -> None:
     assert batch.noisy.shape == (3, 4, 8, 8)
     assert batch.arrangements.tolist() == [arrangement] * 3
     assert batch.sizes.tolist() == [[16, 16, 0, 0, 16, 16]] * 3
-    dim = 3 if arrangement == COLUMNS else 2
-    size = (16, 8) if arrangement == COLUMNS else (8, 16)
-    means = {number: latents._known[Piece(number, size, is_half=True)].mean for number in (0, 1)}
+    axis = -1 if arrangement == COLUMNS else -2
+    places = Half(axis, 0), Half(axis, 1)
+    means = {
+        (number, half): half.of(latents._known[Piece(number, SIZE, half)].mean) for number in (0, 1) for half in places
+    }
+    assert latents._known.keys() == {*(Piece(n, SIZE) for n in (0, 1)), *(Piece(n, SIZE, half) for n, half in means)}
     for sample in objective._samples(pool, 0, SIZE):
         order = (0, 1) if sample.caption.index("dog") < sample.caption.index("cat") else (1, 0)
-        wanted = torch.cat([means[number] for number in order], dim=dim)
-        other = torch.cat([means[number] for number in reversed(order)], dim=dim)
+        wanted, other = (
+            torch.cat([means[pair] for pair in zip(numbers, places, strict=True)], dim=axis)
+            for numbers in (order, order[::-1])
+        )
         assert (sample.latents - wanted).abs().mean() < (sample.latents - other).abs().mean()
 
 

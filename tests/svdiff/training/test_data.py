@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from svdiff.training.data import (
+    Half,
     Loaded,
     Picture,
     bucket_of,
@@ -197,18 +198,47 @@ def test_cuts() -> None:
 
 
 @pytest.mark.parametrize("place", [4, 20, 40])
-def test_the_half_with_the_subject_is_taken(place: int) -> None:
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_the_half_with_the_subject_is_taken(place: int, side: int, axis: int) -> None:
     canvas = np.full((64, 64, 3), 200, np.uint8)
-    canvas[20:44, place : place + 20] = np.random.default_rng(0).integers(0, 256, (24, 20, 3))
+    subject = np.random.default_rng(0).integers(0, 256, (20, 20, 3))
+    canvas[22:42, place : place + 20] = subject
+    if axis == -2:
+        canvas = canvas.transpose(1, 0, 2)
     picture = Loaded(Image.fromarray(canvas), (64, 64), (64, 64))
-    found = half(picture, (64, 32), flip=False)
-    assert found.corner[1] <= place and place + 20 <= found.corner[1] + 32
-    assert torch.equal(half(picture, (64, 32), flip=True).pixels, found.pixels.flip(-1))
+    found = half(picture, (64, 64), Half(axis, side))
+    corner = found.corner[axis]
+    assert corner <= place and place + 20 <= corner + 32
+    assert found.pixels.shape == (3, 64, 64)
+    own, other = Half(axis, side).of(found.pixels), Half(axis, 1 - side).of(found.pixels)
+    whole = pixels_of(picture) / 127.5 - 1
+    torch.testing.assert_close(own, whole.narrow(axis, corner, 32))
+    assert torch.equal(other, own.flip(axis))  # where they meet, the canvas goes on
 
 
 def test_the_half_of_nothing_is_the_middle() -> None:
     picture = Loaded(Image.new("RGB", (64, 64), "red"), (64, 64), (64, 64))
-    assert half(picture, (64, 32), flip=False).corner == (0, 16)
+    assert half(picture, (64, 64), Half(-1, 0)).corner == (0, 16)
+    assert half(picture, (64, 64), Half(-2, 1)).corner == (16, 0)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_halves_of_latents_make_a_whole_without_a_seam(axis: int, cache: bool) -> None:
+    """As if the VAE had seen the mixture, where both halves are plain at their edges; nine latents a side are 5 + 4."""
+    vae, plain = tiny_vae(), Image.new("RGB", (18, 18), "gray")
+    latents = Latents(vae, [Loaded(plain, (18, 18), (18, 18))] * 2, center_crop=False, cache=cache)
+    halves = [
+        latents.draw([Piece(number, (18, 18), Half(axis, number))], [torch.Generator().manual_seed(0)])[0]
+        for number in (0, 1)
+    ]
+    assert [half.shape[axis] for half in halves] == [5, 4]
+    mixture = latents._encode([cut(latents._pictures[0], (18, 18), center=True, flip=False, rng=torch.Generator())])
+    rng = [torch.Generator().manual_seed(0) for _ in halves]
+    noise = [torch.randn(half.shape[1:], generator=one) for half, one in zip(halves, rng, strict=True)]
+    expected = mixture.mean + mixture.std * torch.cat(noise, dim=axis)
+    torch.testing.assert_close(torch.cat(halves, dim=axis), expected)
 
 
 @pytest.mark.parametrize("kind", ["kl", "tiny"])

@@ -41,18 +41,8 @@ SHIFTS = "spectral_shifts.safetensors"
 
 
 @pytest.fixture
-def config(base: Path, pictures: Path, tmp_path: Path) -> TrainConfig:
-    return TrainConfig(
-        str(base),
-        str(pictures),
-        instance_prompt="a sks dog",
-        output_dir=str(tmp_path / "run"),
-        max_train_steps=4,
-        checkpointing_steps=4,
-        prior_generation_num_inference_steps=2,
-        validation_num_inference_steps=2,
-        report_to="none",
-    )
+def config(config: TrainConfig) -> TrainConfig:
+    return replace(config, checkpointing_steps=4)
 
 
 @contextmanager
