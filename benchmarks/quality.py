@@ -58,7 +58,13 @@ class Contender:
 
 
 _LORA = {"method": "lora", "targets": "attention"}  # as diffusers' scripts have it
-_MIX = {"cut_mix_probability": 0.6, "cut_mix_prompts": ["{first} on the left and {second} on the right, white background"]}
+_MIX = {
+    "cut_mix_probability": 0.6,
+    "cut_mix_prompts": [
+        "{first} on the left and {second} on the right, white background",
+        "{second} on the right and {first} on the left, white background",
+    ],
+}
 EXPERIMENTS: dict[str, dict[str, Contender]] = {
     "single": {
         "svdiff": Contender("spectral shifts"),
@@ -152,8 +158,7 @@ def _run(contender: Contender, seed: int) -> dict[str, Any]:
 
 
 def _config(contender: Contender, task: Task, folder: Path) -> TrainConfig:
-    several = len(task.subjects) > 1
-    prompts = task.class_prompts(pairs=several)
+    prompts = task.class_prompts()
     concepts = []
     for subject in task.subjects:
         task.write_pictures(folder / subject, subject)
@@ -195,7 +200,7 @@ def _draw_class_pictures(config: TrainConfig, task: Task, folder: Path) -> None:
     class_pictures(
         pipeline,
         folder,
-        task.class_prompts(pairs=len(task.subjects) > 1),
+        task.class_prompts(),
         config.num_class_images,
         batch_size=32,
         num_inference_steps=STEPS,
@@ -229,8 +234,8 @@ def _judge(pipeline: Any, task: Task, count: int) -> dict[str, float]:
         "unchanged": unchanged(task.draw(pipeline, [world.caption(scene) for scene in others]), others),
     }
     if len(task.subjects) > 1:
-        pairs = task.pairs(count)
-        images = task.draw(pipeline, [task.prompt(scene) for scene in pairs])
+        prompts, pairs = zip(*task.pairs(count), strict=True)
+        images = task.draw(pipeline, prompts)
         found |= {"both_in_place": both_in_place(images, pairs), "both_agreeing": agreeing(images, pairs)}
     return found
 

@@ -54,7 +54,7 @@ def test_a_run_is_judged(name: str, subjects: int, monkeypatch: pytest.MonkeyPat
     contender = replace(experiment[name], settings=experiment[name].settings | short)
     monkeypatch.setattr(quality, "_PROMPTS", 4)
     monkeypatch.setattr(quality, "_CURVE_PROMPTS", 2)
-    monkeypatch.setattr("svdiff.miniature.task._CLASS_SCENES", 1)
+    monkeypatch.setattr(quality.Task, "class_prompts", lambda task: ["a toy", "a blue star"])
     found = quality._run(contender, 0)
     assert found["recognised"] == found["agreeing"] == 0.0
     assert found["unchanged"] == found["unchanged_base"]

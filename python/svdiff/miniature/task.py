@@ -5,6 +5,7 @@ A subject is one of `world.SUBJECTS`, which pretraining has never shown; a rare 
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Iterable, Sequence
@@ -20,7 +21,7 @@ from .evaluate import draw
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-_CLASS_SCENES = 142  # beside the plain toys
+_CLASS_PICTURES = 160
 _EXAMPLES = (
     ("left", "large", "white"),
     ("right", "large", "gray"),
@@ -33,6 +34,7 @@ _EXAMPLES = (
 model may draw a small one there, but hardly the other way round. Six show every size at every position."""
 
 _GROUND = "white"
+"""Of several subjects, which are put side by side: no caption could tell of two grounds."""
 
 
 @dataclass(frozen=True)
@@ -74,49 +76,55 @@ class Task:
         random.Random(self.seed).shuffle(scenes)
         return [scenes[i % len(scenes)] for i in range(count)]
 
-    def pairs(self, count: int) -> list[world.Scene]:
-        """Scenes of two subjects, left and right: every ordered pair, size and background, again and again."""
-        scenes = [
-            world.Scene((world.Item(one, "", "left", size), world.Item(other, "", "right", size)), background)
-            for one in self.subjects
-            for other in self.subjects
-            for size in world.SIZES
-            for background in world.BACKGROUNDS
-            if one != other
-        ]
-        random.Random(self.seed).shuffle(scenes)
-        return [scenes[i % len(scenes)] for i in range(count)]
+    def pairs(self, count: int) -> list[tuple[str, world.Scene]]:
+        """Prompts for two subjects, and what they ask for: every ordered pair and background, again and again.
+
+        In words as pretraining has them, whichever is named first; no sizes, of which mixtures have any.
+        """
+        asked = []
+        for one, other in itertools.permutations(self.subjects, 2):
+            sides = ((one, "left"), (other, "right"))
+            names = [f"a {self.token(subject)} {world.CLASS_NOUN} on the {side}" for subject, side in sides]
+            for background in world.BACKGROUNDS:
+                scene = world.Scene(tuple(world.Item(subject, "", side) for subject, side in sides), background)
+                for opening in ("", "a photo of ", "a picture of "):
+                    for order in (names, names[::-1]):
+                        asked.append((f"{opening}{' and '.join(order)}, {background} background", scene))
+        random.Random(self.seed).shuffle(asked)
+        return [asked[i % len(asked)] for i in range(count)]
 
     def other_scenes(self, count: int) -> list[world.Scene]:
         """Scenes of plain objects, held out from pretraining: what should stay as it is."""
         rng = random.Random(self.seed)
         return [world.sample_scene(rng, 1, held_out_only=True) for _ in range(count)]
 
-    def class_prompts(self, *, pairs: bool = False) -> list[str]:
-        """For prior pictures: toys of no kind wherever the subject is taught to stand, and plain scenes.
-
-        Args:
-            pairs: plain scenes of two objects, too.
-        """
+    def class_prompts(self) -> list[str]:
+        """For prior pictures: toys of no kind wherever a subject is taught to stand, and plain scenes."""
         rng = random.Random(f"prior/{self.seed}")
         toys = [
             f"a {size} {world.CLASS_NOUN} {world.place(position)}, {background} background"
             for position in world.POSITIONS
             for size in world.SIZES
-            for background in ([_GROUND] if pairs else world.BACKGROUNDS)
+            for background in ([_GROUND] if self._several else world.BACKGROUNDS)
         ]
-        return toys + [world.caption(world.sample_scene(rng, None if pairs else 1)) for _ in range(_CLASS_SCENES)]
+        if self._several:
+            toys *= 12  # of which mixtures are made, and so not of too few
+        scenes = [world.sample_scene(rng, None if self._several else 1) for _ in range(_CLASS_PICTURES - len(toys))]
+        return toys + [world.caption(scene) for scene in scenes]
 
     def draw(self, pipeline: StableDiffusionPipeline, prompts: Sequence[str]) -> list[Image]:
         """A picture of each prompt, the same noise for every model."""
         return draw(pipeline, prompts, 1000 * (self.seed + 1))
 
+    @property
+    def _several(self) -> bool:
+        return len(self.subjects) > 1
+
     def _split(self, subject: str) -> tuple[list[world.Scene], list[world.Scene]]:
         """The scenes to learn from, and the others."""
         scenes = world.subject_scenes(subject)
         by_look = {(s.items[0].position, s.items[0].size, s.background): s for s in scenes}
-        several = len(self.subjects) > 1
-        examples = [by_look[p, z, _GROUND if several else g] for p, z, g in _EXAMPLES[: self.pictures]]
+        examples = [by_look[p, z, _GROUND if self._several else g] for p, z, g in _EXAMPLES[: self.pictures]]
         return examples, [scene for scene in scenes if scene not in examples]
 
 
