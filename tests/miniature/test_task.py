@@ -26,6 +26,7 @@ def test_pictures_show_what_their_captions_say(task: Task, tmp_path: Path) -> No
             assert line["text"] == (
                 f"a {size} {task.token(subject)} toy {world.place(position)}, {reading.background} background"
             )
+            assert line["phrase"] == f"a {size} {task.token(subject)} toy"
 
 
 @pytest.mark.parametrize("task", [ONE, TWO], ids=["one", "two"])
@@ -40,15 +41,15 @@ def test_new_scenes_are_of_no_picture(task: Task, tmp_path: Path) -> None:
 
 
 def test_pairs_are_asked_for_in_either_order() -> None:
-    asked = TWO.pairs(72)
-    assert set(Counter(asked).values()) == {2}
+    asked = TWO.pairs(96)
+    assert len(set(asked)) == 48 and set(Counter(asked).values()) == {2}
     for prompt, scene in asked:
-        left, right = (TWO.token(item.shape) for item in scene.items)
-        assert f"a {left} toy on the left" in prompt and f"a {right} toy on the right" in prompt
+        for item, side in zip(scene.items, ("left", "right"), strict=True):
+            assert f"a {item.size} {TWO.token(item.shape)} toy on the {side}" in prompt
         assert prompt.endswith(f", {scene.background} background")
     assert {scene.background for _, scene in asked} == set(world.BACKGROUNDS)
     assert {prompt.index("left") < prompt.index("right") for prompt, _ in asked} == {True, False}
-    assert len(Task(("mushroom", "robot", "lolly")).pairs(200)) == 200
+    assert len(set(Task(("mushroom", "robot", "lolly")).pairs(200))) == 3 * 48
 
 
 def test_prior_prompts_leave_the_subjects_out() -> None:

@@ -9,7 +9,7 @@ import itertools
 import json
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,7 +62,8 @@ class Task:
         for i, scene in enumerate(self._split(subject)[0]):
             images.append(world.render(scene, rng))
             images[-1].save(folder / f"{i}.png")
-            lines.append(json.dumps({"file_name": f"{i}.png", "text": self.prompt(scene)}))
+            phrase = f"a {scene.items[0].size} {self.token(subject)} {world.CLASS_NOUN}"
+            lines.append(json.dumps({"file_name": f"{i}.png", "text": self.prompt(scene), "phrase": phrase}))
         (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
         return images
 
@@ -77,19 +78,18 @@ class Task:
         return [scenes[i % len(scenes)] for i in range(count)]
 
     def pairs(self, count: int) -> list[tuple[str, world.Scene]]:
-        """Prompts for two subjects, and what they ask for: every ordered pair and background, again and again.
+        """Prompts for two subjects, and what they ask for, again and again.
 
-        In words as pretraining has them, whichever is named first; no sizes, of which mixtures have any.
+        Every ordered pair, with every size of each, on every background, whichever is named first.
         """
         asked = []
-        for one, other in itertools.permutations(self.subjects, 2):
-            sides = ((one, "left"), (other, "right"))
-            names = [f"a {self.token(subject)} {world.CLASS_NOUN} on the {side}" for subject, side in sides]
-            for background in world.BACKGROUNDS:
-                scene = world.Scene(tuple(world.Item(subject, "", side) for subject, side in sides), background)
-                for opening in ("", "a photo of ", "a picture of "):
-                    for order in (names, names[::-1]):
-                        asked.append((f"{opening}{' and '.join(order)}, {background} background", scene))
+        for subjects in itertools.permutations(self.subjects, 2):
+            for sizes in itertools.product(world.SIZES, repeat=2):
+                scene = world.Scene(tuple(map(world.Item, subjects, ("", ""), ("left", "right"), sizes)))
+                for background in world.BACKGROUNDS:
+                    both = replace(scene, background=background)
+                    turned = replace(both, items=both.items[::-1])
+                    asked += [(self.prompt(named), both) for named in (both, turned)]
         random.Random(self.seed).shuffle(asked)
         return [asked[i % len(asked)] for i in range(count)]
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from svdiff_kernels import SVDiffError
 
-from .concepts import Concept
 from .data import Half
 
 PROMPTS = (
@@ -49,50 +48,49 @@ class CutMix:
     """Decides which samples are mixtures, and of what.
 
     Args:
-        concepts: two or more.
-        pictures: of each concept, by number.
+        pictures: of each of two or more concepts: by number, what captions call what it shows.
         prompts: captions with {first} and {second}, which say "left" or "top"; None for `PROMPTS`.
         probability: of a mixture.
-        of_classes: whether the pictures show the classes, not the subjects.
 
     Raises:
-        SVDiffError: a prompt does not say where the subjects are, or a concept has no name.
+        SVDiffError: a prompt does not say where the subjects are.
     """
 
     def __init__(
-        self,
-        concepts: Sequence[Concept],
-        pictures: Sequence[Sequence[int]],
-        prompts: Sequence[str] | None,
-        *,
-        probability: float,
-        of_classes: bool,
+        self, pictures: Sequence[Mapping[int, str]], prompts: Sequence[str] | None, *, probability: float
     ) -> None:
-        self._names = [concept.names()[of_classes] for concept in concepts]
-        self._pictures, self._probability = pictures, probability
+        self._names, self._numbers = pictures, [list(group) for group in pictures]
+        self._probability = probability
         self._prompts = [(prompt, _arrangement(prompt)) for prompt in prompts or PROMPTS]
 
     def captions(self) -> dict[str, tuple[int, int]]:
         """Every caption that a mixture may have, with the concepts that are first and second in it."""
-        pairs = itertools.permutations(range(len(self._names)), 2)
-        return {self._caption(prompt, *pair): pair for pair in pairs for prompt, _ in self._prompts}
+        named = [dict.fromkeys(group.values()) for group in self._names]
+        return {
+            _caption(prompt, *names): (first, second)
+            for first, second in itertools.permutations(range(len(named)), 2)
+            for names in itertools.product(named[first], named[second])
+            for prompt, _ in self._prompts
+        }
 
     def pieces(self) -> list[tuple[int, Half]]:
         """All that a mixture may be made of: the picture, and the half that it fills."""
         halves = [half for arrangement in sorted({a for _, a in self._prompts}) for half in _halves(arrangement)]
-        return [(picture, half) for group in self._pictures for picture in group for half in halves]
+        return [(picture, half) for group in self._numbers for picture in group for half in halves]
 
     def draw(self, rng: torch.Generator) -> Mixture | None:
         """A mixture, or None if this sample shall not be one."""
         if torch.rand((), generator=rng) >= self._probability:
             return None
-        first, second = torch.randperm(len(self._names), generator=rng)[:2].tolist()
+        concepts = torch.randperm(len(self._numbers), generator=rng)[:2].tolist()
         prompt, arrangement = self._prompts[_any(len(self._prompts), rng)]
-        one, other = (self._pictures[i][_any(len(self._pictures[i]), rng)] for i in (first, second))
-        return Mixture((one, other), arrangement, self._caption(prompt, first, second))
+        one, other = (self._numbers[i][_any(len(self._numbers[i]), rng)] for i in concepts)
+        names = (self._names[i][number] for i, number in zip(concepts, (one, other), strict=True))
+        return Mixture((one, other), arrangement, _caption(prompt, *names))
 
-    def _caption(self, prompt: str, first: int, second: int) -> str:
-        return prompt.replace("{first}", self._names[first]).replace("{second}", self._names[second])
+
+def _caption(prompt: str, first: str, second: str) -> str:
+    return prompt.replace("{first}", first).replace("{second}", second)
 
 
 def _halves(arrangement: int) -> tuple[Half, Half]:

@@ -32,17 +32,20 @@ class Picture:
         path: its file; of one from a dataset just what to call it.
         caption: what it shows.
         content: its bytes, where there is no file.
+        phrase: what a mixture's caption calls what it shows, such as "a sleeping sks dog"; None for the concept's.
     """
 
     path: Path
     caption: str
     content: bytes | None = None
+    phrase: str | None = None
 
 
 def find_pictures(directory: str | Path, prompt: str | None = None) -> list[Picture]:
     """Every picture of a folder, by name, with its caption.
 
-    A caption comes from ``metadata.jsonl``, else from a ``.txt`` file of the picture's name, else it is `prompt`.
+    A caption comes from ``metadata.jsonl``, where there may be a phrase too, else from a ``.txt`` file of the picture's
+    name, else it is `prompt`.
 
     Raises:
         SVDiffError: there is no such folder, no picture in it, or a picture with no caption.
@@ -54,14 +57,15 @@ def find_pictures(directory: str | Path, prompt: str | None = None) -> list[Pict
     paths = sorted(p for p in directory.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith("."))
     if not paths:
         raise SVDiffError(f"no pictures in {directory}: put .png or .jpg files there")
-    captions = _read_captions(directory)
+    metadata = _read_metadata(directory)
     pictures = []
     for path in paths:
         beside = path.with_suffix(".txt")
-        caption = captions.get(path.name) or (_read_text(beside) if beside.is_file() else None) or prompt
+        told = metadata.get(path.name, {})
+        caption = told.get("text") or (_read_text(beside) if beside.is_file() else None) or prompt
         if not caption or not caption.strip():
             raise SVDiffError(f"{path} has no caption: give a prompt, or write a caption into {beside.name}")
-        pictures.append(Picture(path, caption.strip()))
+        pictures.append(Picture(path, caption.strip(), phrase=told.get("phrase")))
     return pictures
 
 
@@ -250,19 +254,20 @@ def _richest(detail: Tensor, length: int) -> int:
     return int(best[len(best) // 2])
 
 
-def _read_captions(directory: Path) -> dict[str, str]:
+def _read_metadata(directory: Path) -> dict[str, dict[str, str]]:
     file = directory / CAPTIONS_FILE
-    captions = {}
+    found = {}
     for number, line in enumerate(_read_text(file).splitlines() if file.is_file() else [], start=1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
-            captions[entry["file_name"]] = str(entry["text"])
+            phrase = {"phrase": str(entry["phrase"])} if "phrase" in entry else {}
+            found[entry["file_name"]] = {"text": str(entry["text"])} | phrase
         except (ValueError, KeyError, TypeError) as error:
             wanted = '{"file_name": ..., "text": ...}'
             raise SVDiffError(f"{file}, line {number}: expected {wanted}") from error
-    return captions
+    return found
 
 
 def _read_text(path: Path) -> str:

@@ -56,19 +56,17 @@ def make_objective(
     for name, groups in (("instance", instances), ("class", classes)):
         if not groups:
             continue
-        members = [[numbers[picture] for picture in group] for group in groups]
         cut_mix = None
         if config.cut_mix_probability:
             of_classes = name == "class"
+            named = [_named(concept, group, of_classes) for concept, group in zip(concepts, groups, strict=True)]
             cut_mix = CutMix(
-                concepts,
-                [_naming(*pair, captions) for pair in zip(concepts, members, strict=True)] if of_classes else members,
+                [{numbers[picture]: phrase for picture, phrase in group.items()} for group in named],
                 config.cut_mix_prompts,
                 probability=config.cut_mix_probability,
-                of_classes=of_classes,
             )
             mixtures |= dict.fromkeys(cut_mix.captions(), (-1, -1)) if of_classes else cut_mix.captions()
-        distinct = list(dict.fromkeys(number for group in members for number in group))
+        distinct = list(dict.fromkeys(numbers[picture] for group in groups for picture in group))
         pools.append(Pool(name, distinct, loaded, captions, cut_mix, config.seed))
     distinct_captions = sorted({*captions, *mixtures})
     unmix = None
@@ -103,9 +101,15 @@ def make_objective(
     return objective
 
 
-def _naming(concept: Concept, members: Sequence[int], captions: Sequence[str]) -> Sequence[int]:
-    """Of class pictures those whose captions name the class, if any do: a mixture's caption says nothing else."""
-    return [number for number in members if concept.is_named(captions[number])] or members
+def _named(concept: Concept, pictures: Sequence[Picture], of_classes: bool) -> dict[Picture, str]:
+    """What mixtures are made of, and what captions call it.
+
+    Of class pictures such as name the class, if any do: of another "a dog on the left" would not be true.
+    """
+    phrase = concept.names()[of_classes]
+    if of_classes:
+        pictures = [picture for picture in pictures if concept.is_named(picture.caption)] or pictures
+    return {picture: picture.phrase or phrase for picture in pictures}
 
 
 def _spots(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -28,14 +29,14 @@ from torch import Tensor
 from svdiff_kernels import SVDiffError
 
 DOG = Concept("dogs", "a photo of a sks dog", ("a photo of a dog",))
-CAT = Concept("cats", "a photo of a zwx cat", ("a photo of a cat",))
-MOUSE = Concept("mice", "a qrl mouse", ("a mouse",))
 SIZE = (16, 16)
 
 
-def mixes(of_classes: bool = False, probability: float = 0.6, prompts: list[str] | None = None) -> CutMix:
-    groups = [[0, 1], [2], [3, 4, 5]]
-    return CutMix([DOG, CAT, MOUSE], groups, prompts, probability=probability, of_classes=of_classes)
+NAMES = [{0: "a sks dog", 1: "a sks dog"}, {2: "a zwx cat"}, dict.fromkeys((3, 4, 5), "a qrl mouse")]
+
+
+def mixes(prompts: list[str] | None = None) -> CutMix:
+    return CutMix(NAMES, prompts, probability=0.6)
 
 
 def drawn(cut_mix: CutMix, count: int = 600) -> list[Any]:
@@ -60,12 +61,20 @@ def test_six_of_ten_samples_are_mixtures_of_any_two_subjects() -> None:
     assert len(mixes().captions()) == 6 * len(PROMPTS)
 
 
-def test_mixtures_of_classes_are_called_by_their_classes() -> None:
-    found = mixes(of_classes=True, probability=1.0, prompts=["{second} right, {first} left"])
-    assert set(found.captions()) == {
-        f"a {b} right, a {a} left" for a, b in itertools.permutations(("dog", "cat", "mouse"), 2)
+def test_a_picture_may_have_a_name_of_its_own() -> None:
+    names = [{0: "a small sks dog", 1: "a large sks dog"}, {0: "a zwx cat", 2: "a zwx cat"}]
+    found = CutMix(names, ["{second} right, {first} left"], probability=1.0)
+    expected = {(f"a {size} sks dog", "a zwx cat") for size in ("small", "large")}
+    assert found.captions() == {
+        f"{names[1 - turn]} right, {names[turn]} left": (turn, 1 - turn) for names in expected for turn in (0, 1)
     }
-    assert all(mixture.arrangement == COLUMNS for mixture in drawn(found, 20))
+    mixtures = drawn(found, 100)
+    assert {mixture.caption for mixture in mixtures} == set(found.captions())
+    for mixture in mixtures:
+        right, left = mixture.caption.removesuffix(" left").split(" right, ")
+        first, second = found.captions()[mixture.caption]
+        assert (names[first][mixture.pictures[0]], names[second][mixture.pictures[1]]) == (left, right)
+        assert mixture.arrangement == COLUMNS
 
 
 def test_every_half_that_may_be_needed_is_known_beforehand() -> None:
@@ -96,7 +105,7 @@ def pictures(count: int) -> list[Loaded]:
 def test_a_mixture_is_two_halves(pipeline: Any, arrangement: int) -> None:
     prompt = PROMPTS[0] if arrangement == COLUMNS else PROMPTS[2]
     loaded = pictures(2)
-    cut_mix = CutMix([DOG, CAT], [[0], [1]], [prompt], probability=1.0, of_classes=False)
+    cut_mix = CutMix([{0: "a sks dog"}, {1: "a zwx cat"}], [prompt], probability=1.0)
     pool = Pool("instance", [0, 1], loaded, ["a dog", "a cat"], cut_mix, 0)
     family = family_of(pipeline)
     latents = Latents(pipeline.vae, loaded, center_crop=True, cache=True)
@@ -292,13 +301,29 @@ def test_only_class_pictures_that_name_the_class_are_mixed(
     made = []
 
     def watched(*args: Any, **kwargs: Any) -> CutMix:
-        made.append((kwargs["of_classes"], [len(group) for group in args[1]]))
+        made.append([list(group.values()) for group in args[0]])
         return CutMix(*args, **kwargs)
 
     monkeypatch.setattr("svdiff.training.objective.CutMix", watched)
     train(replace(config, with_prior_preservation=True, num_class_images=2, max_train_steps=1))
-    of_classes = [sizes for is_of_classes, sizes in made if is_of_classes]
-    assert of_classes == [[2, 2]]  # no caption names a cat: then it is any of them
+    of_classes = made[1]
+    assert of_classes == [["a dog"] * 2, ["a cat"] * 2]  # no caption names a cat: then it is any of them
+
+
+def test_a_pictures_phrase_is_what_mixtures_call_it(
+    config: TrainConfig, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = shutil.copytree(pictures, tmp_path / "own")
+    told = {"file_name": "a.png", "text": "a dog", "phrase": "a red b dog"}
+    (own / "metadata.jsonl").write_text(json.dumps(told))
+    concepts = json.loads((tmp_path / "concepts.json").read_text())
+    (tmp_path / "concepts.json").write_text(json.dumps([concepts[0] | {"instance_data_dir": str(own)}, concepts[1]]))
+    asked: list[str] = []
+    captions = CutMix.captions
+    monkeypatch.setattr(CutMix, "captions", lambda self: asked.extend(captions(self)) or captions(self))
+    train(replace(config, max_train_steps=1))
+    pairs = [("a b dog", "a x cat"), ("a red b dog", "a x cat")]
+    assert set(asked) == {f"{one} left {other}" for pair in pairs for one, other in (pair, pair[::-1])}
 
 
 def test_a_token_that_is_cut_off_is_told(config: TrainConfig) -> None:
