@@ -61,8 +61,8 @@ _LORA = {"method": "lora", "targets": "attention"}  # as diffusers' scripts have
 _MIX = {
     "cut_mix_probability": 0.6,
     "cut_mix_prompts": [
-        "{first} on the left and {second} on the right, white background",
-        "{second} on the right and {first} on the left, white background",
+        "{first} on the left and {second} on the right, gray background",
+        "{second} on the right and {first} on the left, gray background",
     ],
 }
 EXPERIMENTS: dict[str, dict[str, Contender]] = {
@@ -174,6 +174,7 @@ def _config(contender: Contender, task: Task, folder: Path) -> TrainConfig:
             }
         )
     (folder / "concepts.json").write_text(json.dumps(concepts))
+    steps = 700 if len(task.subjects) == 1 else 1000
     shared: dict[str, Any] = {
         "pretrained_model_name_or_path": "miniature",
         "concepts_list": str(folder / "concepts.json"),
@@ -186,8 +187,8 @@ def _config(contender: Contender, task: Task, folder: Path) -> TrainConfig:
         "learning_rate": 1e-2,
         "learning_rate_1d": 1e-2,
         "lr_scheduler": "cosine",
-        "max_train_steps": 700,
-        "checkpointing_steps": 175,
+        "max_train_steps": steps,
+        "checkpointing_steps": steps // 4,
         "seed": task.seed,
         "report_to": "none",
     }

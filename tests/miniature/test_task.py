@@ -58,7 +58,7 @@ def test_prior_prompts_leave_the_subjects_out() -> None:
         assert len(prompts) == 160
         assert not any(token in prompt.split() for prompt in prompts for token in world.RARE_TOKENS)
     of_toys = [prompt for prompt in TWO.class_prompts() if world.CLASS_NOUN in prompt]
-    assert len(of_toys) == 72 and all(prompt.endswith("white background") for prompt in of_toys)  # as the pictures are
+    assert len(of_toys) == 72 and all(prompt.endswith("gray background") for prompt in of_toys)  # as the pictures are
 
 
 def test_marks() -> None:

@@ -33,7 +33,7 @@ _EXAMPLES = (
 """Of the first four, which show every position, size and background, one is small: of what is shown large on a side a
 model may draw a small one there, but hardly the other way round. Six show every size at every position."""
 
-_GROUND = "white"
+_GROUND = "gray"
 """Of several subjects, which are put side by side: no caption could tell of two grounds."""
 
 
