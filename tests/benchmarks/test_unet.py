@@ -93,7 +93,7 @@ def test_start_up_is_measured_in_four_ways(tiny_config: str, tmp_path: Path, mon
 def test_what_the_loop_adds_is_measured(tiny_config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     step, inside, start, first = lines_of(tmp_path, "loop", tiny_config, rounds=3, batch=2)
-    assert step["rounds"] == inside["rounds"] == 3 and start["rounds"] == 1
+    assert step["rounds"] == inside["rounds"] == 3 and start["rounds"] == first["rounds"] == 4
     assert 0 < inside["p50"] < step["p50"] < start["p50"] < first["p50"]
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["results"]
 
