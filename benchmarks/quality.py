@@ -36,7 +36,8 @@ from tqdm.auto import tqdm
 
 from . import resident
 
-_SUBJECTS = ("mushroom", "house", "robot", "fish", "lolly")
+_SUBJECTS = ("mushroom", "house", "robot", "lolly")
+_TOGETHER = ("mushroom", "robot", "lolly", "house")  # neighbours are taught together
 _PICTURES = 6  # of each subject
 _PROMPTS = 128
 _CURVE_PROMPTS = 24  # each new scene of a subject twice
@@ -68,8 +69,8 @@ _MIX = {
 EXPERIMENTS: dict[str, dict[str, Contender]] = {
     "single": {
         "svdiff": Contender("spectral shifts"),
-        "lora4": Contender("LoRA r = 4", settings={**_LORA, "lora_rank": 4, "learning_rate": 2e-3}),
-        "lora16": Contender("LoRA r = 16", settings={**_LORA, "lora_rank": 16, "learning_rate": 2e-3}),
+        "lora4": Contender("LoRA r = 4", settings={**_LORA, "lora_rank": 4, "learning_rate": 1e-3}),
+        "lora16": Contender("LoRA r = 16", settings={**_LORA, "lora_rank": 16, "learning_rate": 1e-3}),
         "full": Contender("all weights", settings={"method": "full", "learning_rate": 1e-4}),
     },
     "precision": {
@@ -130,7 +131,8 @@ def _in_a_child(threads: int, experiment: str, name: str, seed: int, file: Path)
 
 def _run(contender: Contender, seed: int) -> dict[str, Any]:
     """Teach, and judge what has been learnt: after all steps, and on the way."""
-    subjects = tuple(_SUBJECTS[(seed + 2 * i) % len(_SUBJECTS)] for i in range(contender.subjects))
+    order = _SUBJECTS if contender.subjects == 1 else _TOGETHER
+    subjects = tuple(order[(seed + i) % len(order)] for i in range(contender.subjects))
     task = Task(subjects, seed, _PICTURES)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
