@@ -36,8 +36,7 @@ from tqdm.auto import tqdm
 
 from . import resident
 
-_SUBJECTS = ("mushroom", "house", "robot", "lolly")
-_TOGETHER = ("mushroom", "robot", "lolly", "house")  # neighbours are taught together
+_SUBJECTS = ("mushroom", "house", "robot")
 _PICTURES = 6  # of each subject
 _PROMPTS = 128
 _CURVE_PROMPTS = 24  # each new scene of a subject twice
@@ -131,8 +130,7 @@ def _in_a_child(threads: int, experiment: str, name: str, seed: int, file: Path)
 
 def _run(contender: Contender, seed: int) -> dict[str, Any]:
     """Teach, and judge what has been learnt: after all steps, and on the way."""
-    order = _SUBJECTS if contender.subjects == 1 else _TOGETHER
-    subjects = tuple(order[(seed + i) % len(order)] for i in range(contender.subjects))
+    subjects = tuple(_SUBJECTS[(seed + 2 * i) % len(_SUBJECTS)] for i in range(contender.subjects))
     task = Task(subjects, seed, _PICTURES)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
