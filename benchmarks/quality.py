@@ -7,6 +7,8 @@ there is not run again. Prints a table with means and spreads, and draws the cou
 - single: one subject; spectral shifts, LoRA and full fine-tuning, by the same loop.
 - precision: one subject; spectral shifts in fp32, bf16 and fp16.
 - several: two subjects of one class; joint training, with cut-mix, with cut-mix and unmix; and three subjects.
+
+Subjects are those of the miniature's that are learnt alone and hold in pairs; ``--subjects`` takes others.
 """
 
 from __future__ import annotations
@@ -93,6 +95,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="of result files; those that are missing are made")
     parser.add_argument("--seeds", type=int, default=3, help="default %(default)s")
     parser.add_argument("--only", nargs="*", choices=sorted({n for e in EXPERIMENTS.values() for n in e}))
+    parser.add_argument("--subjects", nargs="+", choices=world.SUBJECTS, help="default: others for each seed")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; default %(default)s")
     parser.add_argument("--plot", type=Path, help="draw the course into this file")
     parser.add_argument("--run", nargs=2, metavar=("CONTENDER", "SEED"), help=argparse.SUPPRESS)  # in the child
@@ -100,17 +103,21 @@ def main() -> int:
     contenders = EXPERIMENTS[options.experiment]
     if options.run:
         name, seed = options.run
-        print(json.dumps(_run(contenders[name], int(seed))))
+        print(json.dumps(_run(contenders[name], int(seed), options.subjects)))
         return 0
     names = options.only or list(contenders)
+    if options.subjects and any(len(options.subjects) != contenders[name].subjects for name in names):
+        parser.error(f"--subjects: {len(options.subjects)} for {', '.join(names)}")
     files = {
         (name, seed): options.folder / f"{name}_{seed}.json" for seed in range(options.seeds) for name in names
     }  # fmt: skip
     options.folder.mkdir(parents=True, exist_ok=True)
-    missing = [(options.experiment, name, seed, file) for (name, seed), file in files.items() if not file.exists()]
+    chosen = ["--subjects", *options.subjects] if options.subjects else []
+    missing = [(name, seed, file) for (name, seed), file in files.items() if not file.exists()]
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     with ThreadPoolExecutor(options.jobs) as pool:
-        list(tqdm(pool.map(lambda run: _in_a_child(threads, *run), missing), desc="runs", total=len(missing)))
+        runs = pool.map(lambda run: _in_a_child(threads, options.experiment, chosen, *run), missing)
+        list(tqdm(runs, desc="runs", total=len(missing)))
     found = {name: [json.loads(files[name, seed].read_text()) for seed in range(options.seeds)] for name in names}
     by_label = {contenders[name].label: runs for name, runs in found.items()}
     print(_table(by_label))
@@ -119,8 +126,9 @@ def main() -> int:
     return 0
 
 
-def _in_a_child(threads: int, experiment: str, name: str, seed: int, file: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.quality", experiment, str(file.parent), "--run", name, str(seed)]
+def _in_a_child(threads: int, experiment: str, chosen: Sequence[str], name: str, seed: int, file: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.quality", experiment, str(file.parent)]
+    command += [*chosen, "--run", name, str(seed)]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     partial = file.with_suffix(".partial")
@@ -128,10 +136,10 @@ def _in_a_child(threads: int, experiment: str, name: str, seed: int, file: Path)
     partial.replace(file)
 
 
-def _run(contender: Contender, seed: int) -> dict[str, Any]:
+def _run(contender: Contender, seed: int, subjects: Sequence[str] | None = None) -> dict[str, Any]:
     """Teach, and judge what has been learnt: after all steps, and on the way."""
-    subjects = tuple(_SUBJECTS[(seed + 2 * i) % len(_SUBJECTS)] for i in range(contender.subjects))
-    task = Task(subjects, seed, _PICTURES)
+    subjects = subjects or [_SUBJECTS[(seed + 2 * i) % len(_SUBJECTS)] for i in range(contender.subjects)]
+    task = Task(tuple(subjects), seed, _PICTURES)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         config = _config(contender, task, folder)

@@ -62,3 +62,18 @@ def test_a_run_is_judged(name: str, subjects: int, monkeypatch: pytest.MonkeyPat
     assert found["seconds"] > 0 and found["peak_bytes"] > 1e8 and found["bytes"] > 50_000
     assert len(found["subjects"]) == subjects and set(found["subjects"]) <= set(world.SUBJECTS)
     assert ("both_in_place" in found) == (subjects > 1)
+
+
+def test_subjects_can_be_chosen(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(quality, "_run", lambda *args: asked.append(args) or {})
+    command = ["quality", "several", str(folder), "--subjects", "fish", "lolly", "--only", "unmix"]
+    monkeypatch.setattr("sys.argv", [*command, "--run", "unmix", "2"])
+    assert quality.main() == 0
+    assert asked == [(quality.EXPERIMENTS["several"]["unmix"], 2, ["fish", "lolly"])]
+    monkeypatch.setattr("sys.argv", [*command, "three"])
+    with pytest.raises(SystemExit):
+        quality.main()
+    assert "--subjects: 2 for unmix, three" in capsys.readouterr().err
