@@ -63,8 +63,8 @@ _LORA = {"method": "lora", "targets": "attention"}  # as diffusers' scripts have
 _MIX = {
     "cut_mix_probability": 0.6,
     "cut_mix_prompts": [
-        "{first} on the left and {second} on the right, {setting}",
-        "{second} on the right and {first} on the left, {setting}",
+        "{first} on the left and {second} on the right, gray background",
+        "{second} on the right and {first} on the left, gray background",
     ],
 }
 EXPERIMENTS: dict[str, dict[str, Contender]] = {
@@ -218,8 +218,6 @@ def _draw_class_pictures(config: TrainConfig, task: Task, folder: Path) -> None:
         seed=task.seed,
         device=pipeline.device,
     )
-    if len(task.subjects) > 1:
-        task.name_class_pictures(folder)
 
 
 def _trained(config: TrainConfig, folder: Path) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +33,8 @@ _EXAMPLES = (
 """Of the first four, which show every position, size and background, one is small: of what is shown large on a side a
 model may draw a small one there, but hardly the other way round. Six show every size at every position."""
 
-_TOY = re.compile(rf"(?P<phrase>a \w+ {world.CLASS_NOUN}) .*, (?P<setting>\w+ background)$")
+_GROUND = "gray"
+"""Of several subjects, which are put side by side: no caption could tell of two grounds."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,8 @@ class Task:
         for i, scene in enumerate(self._split(subject)[0]):
             images.append(world.render(scene, rng))
             images[-1].save(folder / f"{i}.png")
-            told = {"file_name": f"{i}.png", "text": self.prompt(scene)}
-            told["phrase"] = f"a {scene.items[0].size} {self.token(subject)} {world.CLASS_NOUN}"
-            told["setting"] = f"{scene.background} background"
-            lines.append(json.dumps(told))
+            phrase = f"a {scene.items[0].size} {self.token(subject)} {world.CLASS_NOUN}"
+            lines.append(json.dumps({"file_name": f"{i}.png", "text": self.prompt(scene), "phrase": phrase}))
         (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
         return images
 
@@ -100,16 +98,6 @@ class Task:
         rng = random.Random(self.seed)
         return [world.sample_scene(rng, 1, held_out_only=True) for _ in range(count)]
 
-    def name_class_pictures(self, folder: Path) -> None:
-        """Write beside class pictures, drawn from `class_prompts`, what mixtures are to call the toys among them."""
-        lines = []
-        for path in sorted(folder.glob("*.txt")):
-            told = {"file_name": path.with_suffix(".png").name, "text": path.read_text().strip()}
-            if match := _TOY.match(told["text"]):
-                told |= match.groupdict()
-            lines.append(json.dumps(told))
-        (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-
     def class_prompts(self) -> list[str]:
         """For prior pictures: toys of no kind wherever a subject is taught to stand, and plain scenes."""
         rng = random.Random(f"prior/{self.seed}")
@@ -117,10 +105,10 @@ class Task:
             f"a {size} {world.CLASS_NOUN} {world.place(position)}, {background} background"
             for position in world.POSITIONS
             for size in world.SIZES
-            for background in world.BACKGROUNDS
+            for background in ([_GROUND] if self._several else world.BACKGROUNDS)
         ]
         if self._several:
-            toys *= 4  # of which mixtures are made, and so not of too few
+            toys *= 12  # of which mixtures are made, and so not of too few
         scenes = [world.sample_scene(rng, None if self._several else 1) for _ in range(_CLASS_PICTURES - len(toys))]
         return toys + [world.caption(scene) for scene in scenes]
 
@@ -136,7 +124,7 @@ class Task:
         """The scenes to learn from, and the others."""
         scenes = world.subject_scenes(subject)
         by_look = {(s.items[0].position, s.items[0].size, s.background): s for s in scenes}
-        examples = [by_look[look] for look in _EXAMPLES[: self.pictures]]
+        examples = [by_look[p, z, _GROUND if self._several else g] for p, z, g in _EXAMPLES[: self.pictures]]
         return examples, [scene for scene in scenes if scene not in examples]
 
 

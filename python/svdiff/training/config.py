@@ -64,8 +64,7 @@ class TrainConfig:
     )
     cut_mix_prompts: list[str] | None = _flag(
         None,
-        "captions of such pictures, with {first}, {second} and perhaps {setting}; default: on the left and right, at the "
-        "top and bottom",
+        "captions of such pictures, with {first} and {second}; default: on the left and right, at the top and bottom",
     )
     unmix_loss_weight: float = _flag(0.0, "weight of the loss that keeps a subject's token off the other's half")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
@@ -23,13 +22,6 @@ PROMPTS = (
 
 PLAIN, COLUMNS, ROWS = range(3)
 """How a training picture is made: of one picture, of two side by side, of two one above the other."""
-
-
-class Named(NamedTuple):
-    """What captions call what a picture shows, and where that is."""
-
-    phrase: str
-    setting: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,66 +48,49 @@ class CutMix:
     """Decides which samples are mixtures, and of what.
 
     Args:
-        pictures: of each of two or more concepts, by number; only such of one setting are put together.
-        prompts: captions with {first} and {second}, which say "left" or "top", and perhaps {setting}; None for
-            `PROMPTS`.
+        pictures: of each of two or more concepts: by number, what captions call what it shows.
+        prompts: captions with {first} and {second}, which say "left" or "top"; None for `PROMPTS`.
         probability: of a mixture.
 
     Raises:
-        SVDiffError: a prompt does not say where the subjects are, or two concepts have no setting in common.
+        SVDiffError: a prompt does not say where the subjects are.
     """
 
     def __init__(
-        self, pictures: Sequence[Mapping[int, Named]], prompts: Sequence[str] | None, *, probability: float
+        self, pictures: Sequence[Mapping[int, str]], prompts: Sequence[str] | None, *, probability: float
     ) -> None:
-        self._pictures, self._probability = pictures, probability
+        self._names, self._numbers = pictures, [list(group) for group in pictures]
+        self._probability = probability
         self._prompts = [(prompt, _arrangement(prompt)) for prompt in prompts or PROMPTS]
-        self._partners = {  # of pictures of the first that have some, by number, those of the second
-            (i, j): _partners(pictures[i], pictures[j]) for i, j in itertools.permutations(range(len(pictures)), 2)
-        }
 
     def captions(self) -> dict[str, tuple[int, int]]:
         """Every caption that a mixture may have, with the concepts that are first and second in it."""
+        named = [dict.fromkeys(group.values()) for group in self._names]
         return {
-            _caption(prompt, self._pictures[pair[0]][one], self._pictures[pair[1]][other]): pair
-            for pair, partners in self._partners.items()
-            for one, others in partners.items()
-            for other in others
+            _caption(prompt, *names): (first, second)
+            for first, second in itertools.permutations(range(len(named)), 2)
+            for names in itertools.product(named[first], named[second])
             for prompt, _ in self._prompts
         }
 
     def pieces(self) -> list[tuple[int, Half]]:
         """All that a mixture may be made of: the picture, and the half that it fills."""
         halves = [half for arrangement in sorted({a for _, a in self._prompts}) for half in _halves(arrangement)]
-        return [(picture, half) for group in self._pictures for picture in group for half in halves]
+        return [(picture, half) for group in self._numbers for picture in group for half in halves]
 
     def draw(self, rng: torch.Generator) -> Mixture | None:
         """A mixture, or None if this sample shall not be one."""
         if torch.rand((), generator=rng) >= self._probability:
             return None
-        first, second = torch.randperm(len(self._pictures), generator=rng)[:2].tolist()
+        concepts = torch.randperm(len(self._numbers), generator=rng)[:2].tolist()
         prompt, arrangement = self._prompts[_any(len(self._prompts), rng)]
-        partners = self._partners[first, second]
-        one = list(partners)[_any(len(partners), rng)]
-        other = partners[one][_any(len(partners[one]), rng)]
-        caption = _caption(prompt, self._pictures[first][one], self._pictures[second][other])
-        return Mixture((one, other), arrangement, caption)
+        one, other = (self._numbers[i][_any(len(self._numbers[i]), rng)] for i in concepts)
+        names = (self._names[i][number] for i, number in zip(concepts, (one, other), strict=True))
+        return Mixture((one, other), arrangement, _caption(prompt, *names))
 
 
-def _partners(pictures: Mapping[int, Named], others: Mapping[int, Named]) -> dict[int, list[int]]:
-    found = {
-        one: [other for other, there in others.items() if there.setting == named.setting]
-        for one, named in pictures.items()
-    }
-    if not any(found.values()):
-        one, other = (sorted({named.setting for named in group.values()}) for group in (pictures, others))
-        raise SVDiffError(f"cut-mix finds no two pictures of one setting: of one concept {one}, of another {other}")
-    return {one: partners for one, partners in found.items() if partners}
-
-
-def _caption(prompt: str, first: Named, second: Named) -> str:
-    named = prompt.replace("{first}", first.phrase).replace("{second}", second.phrase)
-    return named.replace("{setting}", first.setting)
+def _caption(prompt: str, first: str, second: str) -> str:
+    return prompt.replace("{first}", first).replace("{second}", second)
 
 
 def _halves(arrangement: int) -> tuple[Half, Half]:

@@ -33,21 +33,19 @@ class Picture:
         caption: what it shows.
         content: its bytes, where there is no file.
         phrase: what a mixture's caption calls what it shows, such as "a sleeping sks dog"; None for the concept's.
-        setting: where that is, such as "in a garden": only pictures of one setting make a mixture.
     """
 
     path: Path
     caption: str
     content: bytes | None = None
     phrase: str | None = None
-    setting: str = ""
 
 
 def find_pictures(directory: str | Path, prompt: str | None = None) -> list[Picture]:
     """Every picture of a folder, by name, with its caption.
 
-    A caption comes from ``metadata.jsonl``, where there may be a phrase and a setting too, else from a ``.txt`` file of
-    the picture's name, else it is `prompt`.
+    A caption comes from ``metadata.jsonl``, where there may be a phrase too, else from a ``.txt`` file of the picture's
+    name, else it is `prompt`.
 
     Raises:
         SVDiffError: there is no such folder, no picture in it, or a picture with no caption.
@@ -67,8 +65,7 @@ def find_pictures(directory: str | Path, prompt: str | None = None) -> list[Pict
         caption = told.get("text") or (_read_text(beside) if beside.is_file() else None) or prompt
         if not caption or not caption.strip():
             raise SVDiffError(f"{path} has no caption: give a prompt, or write a caption into {beside.name}")
-        setting = told.get("setting", "").strip()
-        pictures.append(Picture(path, caption.strip(), phrase=told.get("phrase"), setting=setting))
+        pictures.append(Picture(path, caption.strip(), phrase=told.get("phrase")))
     return pictures
 
 
@@ -265,8 +262,8 @@ def _read_metadata(directory: Path) -> dict[str, dict[str, str]]:
             continue
         try:
             entry = json.loads(line)
-            more = {key: str(entry[key]) for key in ("phrase", "setting") if key in entry}
-            found[entry["file_name"]] = {"text": str(entry["text"]), **more}
+            phrase = {"phrase": str(entry["phrase"])} if "phrase" in entry else {}
+            found[entry["file_name"]] = {"text": str(entry["text"])} | phrase
         except (ValueError, KeyError, TypeError) as error:
             wanted = '{"file_name": ..., "text": ...}'
             raise SVDiffError(f"{file}, line {number}: expected {wanted}") from error

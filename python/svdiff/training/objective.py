@@ -12,7 +12,7 @@ from svdiff_kernels import SVDiffError
 from ..progress import progress_bar
 from .concepts import Concept
 from .config import TrainConfig
-from .cutmix import CutMix, Named
+from .cutmix import CutMix
 from .data import Picture, Size, load_picture
 from .dreambooth import DreamBooth, Pool
 from .families import Family
@@ -59,11 +59,9 @@ def make_objective(
         cut_mix = None
         if config.cut_mix_probability:
             of_classes = name == "class"
+            named = [_named(concept, group, of_classes) for concept, group in zip(concepts, groups, strict=True)]
             cut_mix = CutMix(
-                [
-                    {numbers[picture]: named for picture, named in _named(concept, group, of_classes).items()}
-                    for concept, group in zip(concepts, groups, strict=True)
-                ],
+                [{numbers[picture]: phrase for picture, phrase in group.items()} for group in named],
                 config.cut_mix_prompts,
                 probability=config.cut_mix_probability,
             )
@@ -103,7 +101,7 @@ def make_objective(
     return objective
 
 
-def _named(concept: Concept, pictures: Sequence[Picture], of_classes: bool) -> dict[Picture, Named]:
+def _named(concept: Concept, pictures: Sequence[Picture], of_classes: bool) -> dict[Picture, str]:
     """What mixtures are made of, and what captions call it.
 
     Of class pictures such as name the class, if any do: of another "a dog on the left" would not be true.
@@ -111,7 +109,7 @@ def _named(concept: Concept, pictures: Sequence[Picture], of_classes: bool) -> d
     phrase = concept.names()[of_classes]
     if of_classes:
         pictures = [picture for picture in pictures if concept.is_named(picture.caption)] or pictures
-    return {picture: Named(picture.phrase or phrase, picture.setting) for picture in pictures}
+    return {picture: picture.phrase or phrase for picture in pictures}
 
 
 def _spots(

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from svdiff import TrainConfig, train
 from svdiff.training.concepts import Concept
-from svdiff.training.cutmix import COLUMNS, PLAIN, PROMPTS, ROWS, CutMix, Named
+from svdiff.training.cutmix import COLUMNS, PLAIN, PROMPTS, ROWS, CutMix
 from svdiff.training.data import Half, Loaded
 from svdiff.training.dreambooth import DreamBooth, Pool
 from svdiff.training.families import family_of
@@ -32,13 +32,11 @@ DOG = Concept("dogs", "a photo of a sks dog", ("a photo of a dog",))
 SIZE = (16, 16)
 
 
-DOGS = dict.fromkeys((0, 1), Named("a sks dog"))
-CATS = {2: Named("a zwx cat")}
-MICE = dict.fromkeys((3, 4, 5), Named("a qrl mouse"))
+NAMES = [{0: "a sks dog", 1: "a sks dog"}, {2: "a zwx cat"}, dict.fromkeys((3, 4, 5), "a qrl mouse")]
 
 
 def mixes(prompts: list[str] | None = None) -> CutMix:
-    return CutMix([DOGS, CATS, MICE], prompts, probability=0.6)
+    return CutMix(NAMES, prompts, probability=0.6)
 
 
 def drawn(cut_mix: CutMix, count: int = 600) -> list[Any]:
@@ -65,8 +63,7 @@ def test_six_of_ten_samples_are_mixtures_of_any_two_subjects() -> None:
 
 def test_a_picture_may_have_a_name_of_its_own() -> None:
     names = [{0: "a small sks dog", 1: "a large sks dog"}, {0: "a zwx cat", 2: "a zwx cat"}]
-    pictures = [{number: Named(phrase) for number, phrase in group.items()} for group in names]
-    found = CutMix(pictures, ["{second} right, {first} left"], probability=1.0)
+    found = CutMix(names, ["{second} right, {first} left"], probability=1.0)
     expected = {(f"a {size} sks dog", "a zwx cat") for size in ("small", "large")}
     assert found.captions() == {
         f"{names[1 - turn]} right, {names[turn]} left": (turn, 1 - turn) for names in expected for turn in (0, 1)
@@ -78,26 +75,6 @@ def test_a_picture_may_have_a_name_of_its_own() -> None:
         first, second = found.captions()[mixture.caption]
         assert (names[first][mixture.pictures[0]], names[second][mixture.pictures[1]]) == (left, right)
         assert mixture.arrangement == COLUMNS
-
-
-def test_only_pictures_of_one_setting_are_put_together() -> None:
-    dogs = {0: Named("a dog", "in a garden"), 1: Named("a dog", "on a sofa"), 2: Named("a dog", "at sea")}
-    cats = {3: Named("a cat", "on a sofa"), 4: Named("a cat", "in a garden"), 5: Named("a cat", "in a garden")}
-    found = CutMix([dogs, cats], ["{first} left of {second}, {setting}"], probability=1.0)
-    assert set(found.captions()) == {
-        f"{one} left of {other}, {setting}"
-        for one, other in (("a dog", "a cat"), ("a cat", "a dog"))
-        for setting in ("in a garden", "on a sofa")
-    }
-    mixtures = drawn(found, 200)
-    assert {frozenset(mixture.pictures) for mixture in mixtures} == {
-        frozenset(pair) for pair in ((0, 4), (0, 5), (1, 3))
-    }
-    for mixture in mixtures:
-        one, other = ({**dogs, **cats}[number] for number in mixture.pictures)
-        assert mixture.caption == f"{one.phrase} left of {other.phrase}, {one.setting}"
-    with pytest.raises(SVDiffError, match=r"no two pictures of one setting.*\['at sea'\].*\['in a garden'"):
-        CutMix([{2: dogs[2]}, cats], None, probability=1.0)
 
 
 def test_every_half_that_may_be_needed_is_known_beforehand() -> None:
@@ -128,7 +105,7 @@ def pictures(count: int) -> list[Loaded]:
 def test_a_mixture_is_two_halves(pipeline: Any, arrangement: int) -> None:
     prompt = PROMPTS[0] if arrangement == COLUMNS else PROMPTS[2]
     loaded = pictures(2)
-    cut_mix = CutMix([{0: Named("a sks dog")}, {1: Named("a zwx cat")}], [prompt], probability=1.0)
+    cut_mix = CutMix([{0: "a sks dog"}, {1: "a zwx cat"}], [prompt], probability=1.0)
     pool = Pool("instance", [0, 1], loaded, ["a dog", "a cat"], cut_mix, 0)
     family = family_of(pipeline)
     latents = Latents(pipeline.vae, loaded, center_crop=True, cache=True)
@@ -324,7 +301,7 @@ def test_only_class_pictures_that_name_the_class_are_mixed(
     made = []
 
     def watched(*args: Any, **kwargs: Any) -> CutMix:
-        made.append([[named.phrase for named in group.values()] for group in args[0]])
+        made.append([list(group.values()) for group in args[0]])
         return CutMix(*args, **kwargs)
 
     monkeypatch.setattr("svdiff.training.objective.CutMix", watched)
@@ -333,22 +310,20 @@ def test_only_class_pictures_that_name_the_class_are_mixed(
     assert of_classes == [["a dog"] * 2, ["a cat"] * 2]  # no caption names a cat: then it is any of them
 
 
-def test_a_picture_says_what_mixtures_call_it_and_where_it_is(
+def test_a_pictures_phrase_is_what_mixtures_call_it(
     config: TrainConfig, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    own = shutil.copytree(pictures, tmp_path / "own")
+    told = {"file_name": "a.png", "text": "a dog", "phrase": "a red b dog"}
+    (own / "metadata.jsonl").write_text(json.dumps(told))
     concepts = json.loads((tmp_path / "concepts.json").read_text())
-    for concept, noun in zip(concepts, ("dog", "cat"), strict=True):
-        own = shutil.copytree(pictures, tmp_path / noun)
-        told = {"file_name": "a.png", "text": f"a {noun}", "phrase": f"a red {noun} b x", "setting": "outside"}
-        (own / "metadata.jsonl").write_text(json.dumps(told))
-        concept["instance_data_dir"] = str(own)
-    (tmp_path / "concepts.json").write_text(json.dumps(concepts))
+    (tmp_path / "concepts.json").write_text(json.dumps([concepts[0] | {"instance_data_dir": str(own)}, concepts[1]]))
     asked: list[str] = []
     captions = CutMix.captions
     monkeypatch.setattr(CutMix, "captions", lambda self: asked.extend(captions(self)) or captions(self))
-    train(replace(config, max_train_steps=1, cut_mix_prompts=["{first} left {second} {setting}"]))
-    pairs = [("a b dog", "a x cat", ""), ("a red dog b x", "a red cat b x", "outside")]
-    assert set(asked) == {f"{one} left {other} {where}" for a, b, where in pairs for one, other in ((a, b), (b, a))}
+    train(replace(config, max_train_steps=1))
+    pairs = [("a b dog", "a x cat"), ("a red b dog", "a x cat")]
+    assert set(asked) == {f"{one} left {other}" for pair in pairs for one, other in (pair, pair[::-1])}
 
 
 def test_a_token_that_is_cut_off_is_told(config: TrainConfig) -> None:

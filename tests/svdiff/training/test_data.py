@@ -38,13 +38,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_captions_by_file_then_beside_then_prompt(folder: Path) -> None:
-    (folder / "metadata.jsonl").write_text(
-        '{"file_name": "a.jpg", "text": "first", "phrase": "a red one", "setting": "at sea"}\n\n'
-    )
+    (folder / "metadata.jsonl").write_text('{"file_name": "a.jpg", "text": "first", "phrase": "a red one"}\n\n')
     (folder / "b.txt").write_text("second\n")
     found = find_pictures(folder, "third")
     assert [(p.path.name, p.caption) for p in found] == [("a.jpg", "first"), ("b.png", "second"), ("c.webp", "third")]
-    assert [(p.phrase, p.setting) for p in found] == [("a red one", "at sea"), (None, ""), (None, "")]
+    assert [p.phrase for p in found] == ["a red one", None, None]
 
 
 def test_what_is_wrong_with_a_folder(folder: Path, tmp_path: Path) -> None:
