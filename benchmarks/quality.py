@@ -243,9 +243,9 @@ def _judge(pipeline: Any, task: Task, count: int) -> dict[str, float]:
         "unchanged": unchanged(task.draw(pipeline, [world.caption(scene) for scene in others]), others),
     }
     if len(task.subjects) > 1:
-        prompts, pairs = zip(*task.pairs(count), strict=True)
-        images = task.draw(pipeline, prompts)
-        found |= {"both_in_place": both_in_place(images, pairs), "both_agreeing": agreeing(images, pairs)}
+        for mark, elsewhere in (("both_in_place", False), ("both_elsewhere", True)):
+            prompts, pairs = zip(*task.pairs(count, elsewhere=elsewhere), strict=True)
+            found[mark] = both_in_place(task.draw(pipeline, prompts), pairs)
     return found
 
 
@@ -255,6 +255,7 @@ def _table(found: dict[str, list[dict[str, Any]]]) -> str:
         "recognised",
         "agreeing",
         "both_in_place",
+        "both_elsewhere",
         "unchanged",
         "unchanged_base",
         "bytes",

@@ -40,16 +40,18 @@ def test_new_scenes_are_of_no_picture(task: Task, tmp_path: Path) -> None:
     assert len(asked) == 12 * len(task.subjects) and not asked & shown
 
 
-def test_pairs_are_asked_for_in_either_order() -> None:
-    asked = TWO.pairs(96)
-    assert len(set(asked)) == 48 and set(Counter(asked).values()) == {2}
+@pytest.mark.parametrize(("elsewhere", "grounds"), [(False, {"gray"}), (True, {"white", "black"})])
+def test_pairs_are_asked_for_in_either_order(elsewhere: bool, grounds: set[str]) -> None:
+    distinct = 16 * len(grounds)
+    asked = TWO.pairs(2 * distinct, elsewhere=elsewhere)
+    assert len(set(asked)) == distinct and set(Counter(asked).values()) == {2}
     for prompt, scene in asked:
         for item, side in zip(scene.items, ("left", "right"), strict=True):
             assert f"a {item.size} {TWO.token(item.shape)} toy on the {side}" in prompt
         assert prompt.endswith(f", {scene.background} background")
-    assert {scene.background for _, scene in asked} == set(world.BACKGROUNDS)
+    assert {scene.background for _, scene in asked} == grounds
     assert {prompt.index("left") < prompt.index("right") for prompt, _ in asked} == {True, False}
-    assert len(set(Task(("mushroom", "robot", "lolly")).pairs(200))) == 3 * 48
+    assert len(set(Task(("mushroom", "robot", "lolly")).pairs(200, elsewhere=elsewhere))) == 3 * distinct
 
 
 def test_prior_prompts_leave_the_subjects_out() -> None:

@@ -77,19 +77,19 @@ class Task:
         random.Random(self.seed).shuffle(scenes)
         return [scenes[i % len(scenes)] for i in range(count)]
 
-    def pairs(self, count: int) -> list[tuple[str, world.Scene]]:
+    def pairs(self, count: int, *, elsewhere: bool = False) -> list[tuple[str, world.Scene]]:
         """Prompts for two subjects, and what they ask for, again and again.
 
-        Every ordered pair, with every size of each, on every background, whichever is named first.
+        Every ordered pair, with every size of each, whichever is named first; on the ground that the pictures show, or
+        on the others.
         """
+        grounds = [ground for ground in world.BACKGROUNDS if (ground != _GROUND) == elsewhere]
         asked = []
         for subjects in itertools.permutations(self.subjects, 2):
-            for sizes in itertools.product(world.SIZES, repeat=2):
-                scene = world.Scene(tuple(map(world.Item, subjects, ("", ""), ("left", "right"), sizes)))
-                for background in world.BACKGROUNDS:
-                    both = replace(scene, background=background)
-                    turned = replace(both, items=both.items[::-1])
-                    asked += [(self.prompt(named), both) for named in (both, turned)]
+            for sizes, ground in itertools.product(itertools.product(world.SIZES, repeat=2), grounds):
+                scene = world.Scene(tuple(map(world.Item, subjects, ("", ""), ("left", "right"), sizes)), ground)
+                turned = replace(scene, items=scene.items[::-1])
+                asked += [(self.prompt(named), scene) for named in (scene, turned)]
         random.Random(self.seed).shuffle(asked)
         return [asked[i % len(asked)] for i in range(count)]
 
