@@ -32,7 +32,7 @@ from .models import make_distinct, random_unet
 
 _STEP, _INSIDE = "a step", "forward, backward, optimiser"
 _START, _FIRST = "start to the first step", "start to its end"
-_STARTS = 4  # of which the first finds the models on disk, the others in memory
+_STARTS = 4  # of which the first may have to read the models from the disk
 _VAE = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -56,14 +56,18 @@ def run(bench: BenchConfig) -> list[runner.Timing]:
                 Image.effect_noise((side, side), 64).save(folder / kind / f"{i}.png")
         del pipeline
         starts = [replace(bench, rounds=1)] * (_STARTS - 1)
-        runs = [child.call("loop", one, str(folder), str(time.time())) for one in (*starts, bench)]
-    for found in runs:
-        if failure := found.get("failure"):
-            raise SVDiffError(f"svdiff train failed: {failure}")
+        runs = [_train(one, folder) for one in (*starts, bench)]
     subject = f"svdiff train, {bench.model}, batch {bench.batch}"
     steps = runner.summarise({_STEP: runs[-1]["steps"], _INSIDE: runs[-1]["inside"]}, subject=subject)
     waits = {name: [found[key] for found in runs] for name, key in ((_START, "start"), (_FIRST, "first"))}
     return steps + runner.summarise(waits, subject=f"{subject}, {_STARTS} times")
+
+
+def _train(bench: BenchConfig, folder: Path) -> dict[str, Any]:
+    found = child.call("loop", bench, str(folder), str(time.time()))
+    if failure := found.get("failure"):
+        raise SVDiffError(f"svdiff train failed: {failure}")
+    return found
 
 
 def main() -> None:

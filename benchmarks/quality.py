@@ -8,7 +8,7 @@ there is not run again. Prints a table with means and spreads, and draws the cou
 - precision: one subject; spectral shifts in fp32, bf16 and fp16.
 - several: two subjects of one class; joint training, with cut-mix, with cut-mix and unmix; and three subjects.
 
-Subjects are those of the miniature's that are learnt alone and hold in pairs; ``--subjects`` takes others.
+Each seed has subjects of its own, from three of the miniature's; ``--subjects`` takes others.
 """
 
 from __future__ import annotations

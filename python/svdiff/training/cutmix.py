@@ -59,13 +59,12 @@ class CutMix:
     def __init__(
         self, pictures: Sequence[Mapping[int, str]], prompts: Sequence[str] | None, *, probability: float
     ) -> None:
-        self._names, self._numbers = pictures, [list(group) for group in pictures]
-        self._probability = probability
+        self._pictures, self._probability = pictures, probability
         self._prompts = [(prompt, _arrangement(prompt)) for prompt in prompts or PROMPTS]
 
     def captions(self) -> dict[str, tuple[int, int]]:
         """Every caption that a mixture may have, with the concepts that are first and second in it."""
-        named = [dict.fromkeys(group.values()) for group in self._names]
+        named = [dict.fromkeys(group.values()) for group in self._pictures]
         return {
             _caption(prompt, *names): (first, second)
             for first, second in itertools.permutations(range(len(named)), 2)
@@ -76,17 +75,16 @@ class CutMix:
     def pieces(self) -> list[tuple[int, Half]]:
         """All that a mixture may be made of: the picture, and the half that it fills."""
         halves = [half for arrangement in sorted({a for _, a in self._prompts}) for half in _halves(arrangement)]
-        return [(picture, half) for group in self._numbers for picture in group for half in halves]
+        return [(picture, half) for group in self._pictures for picture in group for half in halves]
 
     def draw(self, rng: torch.Generator) -> Mixture | None:
         """A mixture, or None if this sample shall not be one."""
         if torch.rand((), generator=rng) >= self._probability:
             return None
-        concepts = torch.randperm(len(self._numbers), generator=rng)[:2].tolist()
+        groups = [self._pictures[i] for i in torch.randperm(len(self._pictures), generator=rng)[:2].tolist()]
         prompt, arrangement = self._prompts[_any(len(self._prompts), rng)]
-        one, other = (self._numbers[i][_any(len(self._numbers[i]), rng)] for i in concepts)
-        names = (self._names[i][number] for i, number in zip(concepts, (one, other), strict=True))
-        return Mixture((one, other), arrangement, _caption(prompt, *names))
+        (one, name), (other, other_name) = (list(group.items())[_any(len(group), rng)] for group in groups)
+        return Mixture((one, other), arrangement, _caption(prompt, name, other_name))
 
 
 def _caption(prompt: str, first: str, second: str) -> str:
