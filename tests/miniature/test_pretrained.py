@@ -41,7 +41,8 @@ def test_the_demo_teaches_a_new_subject(tmp_path: Path, capsys: pytest.CaptureFi
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["subject_accuracy_base"] < 0.05
     assert metrics["subject_accuracy"] >= 0.80
-    assert metrics["class_accuracy"] >= metrics["class_accuracy_base"] - 0.1  # of 64: a CPU's rounding turns one or two
+    # 3 of 64 pictures, and 2 that another CPU's rounding may turn.
+    assert metrics["class_accuracy"] >= metrics["class_accuracy_base"] - 0.08
     assert metrics["delta_bytes"] * 100 <= metrics["base_bytes"]
     assert sum(file.stat().st_size for file in folder.glob("*.safetensors")) == metrics["delta_bytes"]
     assert min(Image.open(folder / "grid.png").size) > 300
