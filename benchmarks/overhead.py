@@ -49,7 +49,7 @@ def _steps(dense: nn.Sequential, x: Tensor) -> dict[str, runner.Step]:
     layers = [spectral_layer(layer) for layer in dense if isinstance(layer, nn.Linear | nn.Conv2d)]
     spectral = nn.Sequential(*layers)
     bank = Bank({str(i): layer for i, layer in enumerate(layers)}, root=spectral)
-    shifts = bank.parameters_of("default")[0]
+    shifts = bank.trained[0]
     scales = torch.ones(LAYERS, layers[0].rank, device=x.device, requires_grad=True)
 
     def plain(x: Tensor) -> Tensor:

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from .errors import SVDiffError
+from .mix import Key, Mix, Row, per_input
 from .module import SpectralModule, keep_wide
 from .ops import gains, gains_backward
 
 TRAINED = "default"
 """The adapter that trains; all others are frozen."""
+
+_SLOTS = 4
+"""For adapters that act, at first. Those that are empty cost nothing but the reading of zeros."""
+
+_CALLS: ContextVar[Mapping[int, _Call]] = ContextVar("svdiff_calls", default=MappingProxyType({}))
+"""By the id of a bank, the mix that calls from this thread or asyncio task have of their own."""
 
 
 class Bank(nn.Module):
@@ -24,14 +33,18 @@ class Bank(nn.Module):
     `SpectralModule.gain_terms`; layers read their slice. It happens once per call of root (a forward pre-hook), and
     outside of such a call when a layer notices that a delta, the mix or the grad mode has changed.
 
-    An adapter is two flat parameters, ``matrices_<name>`` ``[R]`` and ``one_dim_<name>`` ``[R1]``, since 1-D weights
-    learn at a rate of their own. The bank starts with the adapter "default" made of the layers' own deltas, in the mix
-    with weight 1; it alone is trainable.
+    The bank starts with the adapter "default" made of the layers' own deltas, in the mix with weight 1. It alone is
+    trainable: two flat parameters, ``matrices_default`` ``[R]`` and ``one_dim_default`` ``[R1]``, since 1-D weights
+    learn at a rate of their own. Any number of others wait in the host's memory. Those that act are copied into
+    ``slots`` ``[K, R + R1]``, beside the model; ``mix``, ``[1 + K]`` or ``[S, 1 + K]``, weighs "default" and them. So
+    another mix is another content of two tensors: no weight is touched, nothing is recompiled and a CUDA graph stays
+    valid, unless the number of samples changes, or more than K adapters act at once: then K grows.
 
     Args:
         layers: spectral layers by name. They are adopted: ``layer.delta`` becomes a view of the bank's vector.
         root: the model that holds them, to which the bank attaches itself as the sub-module ``spectral_bank``, so that
-            it moves, trains and is compiled with it. None: gains are refreshed on read alone.
+            it moves, trains and is compiled with it. None: gains are refreshed on read alone, and S samples split the
+            first dimension of every layer's input evenly, in order.
 
     Raises:
         SVDiffError: no layers; a layer that has a bank already; or layers of several devices or dtypes of sigma.
@@ -39,6 +52,7 @@ class Bank(nn.Module):
 
     base: Tensor
     floor: Tensor
+    slots: Tensor
     mix: Tensor
 
     def __init__(self, layers: Mapping[str, SpectralModule], root: nn.Module | None = None) -> None:
@@ -50,11 +64,18 @@ class Bank(nn.Module):
         # Not persistent: they are made of the layers' sigma.
         self.register_buffer("base", torch.cat(bases), persistent=False)
         self.register_buffer("floor", torch.cat(floors), persistent=False)
-        self.register_buffer("mix", self.base.new_zeros(0), persistent=False)
-        self._names: list[str] = []
+        self.register_buffer("slots", self.base.new_zeros(_SLOTS, self.base.numel()), persistent=False)
+        self.register_buffer("mix", self.base.new_zeros(1), persistent=False)
+        deltas = torch.cat([layer.delta.detach() for layer in self._layers.values()])
+        split = sum(layer.rank for layer in layers.values() if not layer.one_dim)
+        self.matrices_default = nn.Parameter(deltas[:split].clone())
+        self.one_dim_default = nn.Parameter(deltas[split:].clone())
+        self._frozen: dict[str, Tensor] = {}
+        self._in_slots: list[Key | None] = [None] * _SLOTS
+        self._batch: int | None = None
         self._fresh_for: tuple[object, ...] | None = None
-        self.add(TRAINED)
-        self.load_delta_dict(TRAINED, {name: layer.delta for name, layer in self._layers.items()})
+        self._is_compiled = False
+        self._calls: set[_Call] = set()
         self.set_mix({TRAINED: 1.0})
         for layer in self._layers.values():
             del layer.delta
@@ -64,74 +85,109 @@ class Bank(nn.Module):
         object.__setattr__(self, "_root", root)
         if root is not None:
             root.add_module("spectral_bank", self)
-            self._hook = root.register_forward_pre_hook(self._before_root)
+            self._hook = root.register_forward_pre_hook(self._before_root, with_kwargs=True)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The adapters, in the order of `mix`."""
-        return tuple(self._names)
+        """The adapters, in the order in which they came."""
+        return TRAINED, *self._frozen
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """The layers, in the order of the flat vectors."""
+        return tuple(self._layers)
 
     @property
     def scales(self) -> dict[str, Tensor]:
         """The scale of every layer by name, under the present mix; with a graph if gradients are on."""
         return {name: layer.scale() for name, layer in self._layers.items()}
 
-    def parameters_of(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
-        """The two flat parameters of an adapter: matrices ``[R]``, 1-D weights ``[R1]`` (possibly empty)."""
-        self._check_name(name)
-        return self.get_parameter(f"matrices_{name}"), self.get_parameter(f"one_dim_{name}")
-
-    def add(self, name: str) -> None:
-        """A new adapter with all shifts zero, frozen unless it is "default", and not yet in the mix."""
-        if not name or "." in name:
-            raise SVDiffError(f"{name!r} cannot name an adapter: it must not be empty nor hold a dot")
-        if name in self._names:
-            raise SVDiffError(f"there is an adapter {name!r} already: delete it or choose another name")
-        split = sum(layer.rank for layer in self._layers.values() if not layer.one_dim)
-        for kind, size in (("matrices", split), ("one_dim", self.base.numel() - split)):
-            parameter = nn.Parameter(self.base.new_zeros(size), requires_grad=name == TRAINED)
-            self.register_parameter(f"{kind}_{name}", parameter)
-        self._names.append(name)
-        self._set_mix_tensor(torch.nn.functional.pad(self.mix, (0, 1)))
+    @property
+    def trained(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """The parameters of "default": its shifts of matrices ``[R]``, and of 1-D weights ``[R1]``, possibly empty."""
+        return self.matrices_default, self.one_dim_default
 
     def remove(self, name: str) -> None:
-        """Forget an adapter; "default" stays, since the layers' deltas are views of it."""
+        """Forget an adapter, in the mix too; "default" stays, since the layers' deltas are views of it."""
         self._check_name(name)
         if name == TRAINED:
             raise SVDiffError(
                 f"adapter {TRAINED!r} is the one that trains and cannot be removed; leave it out of the mix"
             )
-        others = [i for i, other in enumerate(self._names) if other != name]
-        self._names.remove(name)
-        delattr(self, f"matrices_{name}")
-        delattr(self, f"one_dim_{name}")
-        self._set_mix_tensor(self.mix[..., others])
+        del self._frozen[name]
+        self.set_mix(self._mix.without(name))
 
-    def set_mix(self, weights: Mapping[str, float] | Sequence[Mapping[str, float]]) -> None:
-        """How much of each adapter acts; one that is not named does not. ``{}`` is the base model.
+    def make_mix(self, weights: Row | Sequence[Row], *, repeats: int = 1) -> Mix:
+        """A mix for `set_mix`, checked but not yet in use.
 
         Args:
-            weights: for all samples alike; or a sequence, one for each of S samples, which split the first dimension
-                of every layer's input evenly, in order.
+            weights: for all samples alike, or a sequence, one for each of S samples. A weight is a number, or a
+                number for each layer by name, where layers that are not named get none; through such, no gradient
+                reaches "default". An adapter that is not named does not act; ``{}`` is the base model.
+            repeats: inputs that each sample has, one after the other. A batch of root is ``S * repeats`` long, or
+                several times that: under classifier-free guidance it holds all samples twice.
+
+        Raises:
+            SVDiffError: an unknown adapter or layer, a weight that is not finite, or no sample.
         """
-        rows = [weights] if isinstance(weights, Mapping) else list(weights)
-        if not rows:
-            raise SVDiffError("a mix for no samples: give at least one")
-        for name, weight in (item for row in rows for item in row.items()):
-            self._check_name(name)
-            if not math.isfinite(weight):
-                raise SVDiffError(f"the weight of adapter {name!r} is {weight}, not a finite number")
-        mix = [[float(row.get(name, 0.0)) for name in self._names] for row in rows]
-        self._set_mix_tensor(self.base.new_tensor(mix[0] if isinstance(weights, Mapping) else mix))
+        return Mix.make(weights, repeats, self.names, self.layer_names)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def set_mix(self, mix: Mix | Row | Sequence[Row]) -> None:
+        """Choose how much of each adapter acts: a mix of `make_mix`, or what that takes."""
+        if not isinstance(mix, Mix):
+            mix = self.make_mix(mix)
+        acting = [key for key in mix.keys if key != _TRAINED_KEY]
+        waiting = [key for key in acting if key not in self._in_slots]
+        free = [i for i, key in enumerate(self._in_slots) if key not in acting]
+        if lacking := max(len(waiting) - len(free), 0):
+            lacking = max(lacking, len(self._in_slots))  # twice as many, so that it seldom happens
+            free += range(len(self._in_slots), len(self._in_slots) + lacking)
+            self._in_slots += [None] * lacking
+            self.slots = torch.cat([self.slots, self.slots.new_zeros(lacking, self.slots.shape[1])])
+        for i, key in zip(free, waiting, strict=False):
+            self.slots[i].copy_(self._term(key))
+            self._in_slots[i] = key
+        table = self._table_of(mix, self._in_slots)
+        if table.shape == self.mix.shape:
+            self.mix.copy_(table)  # in place: a compiled model or a captured graph sees it
+        else:
+            self.mix = table
+        self._mix, self._batch, self._fresh_for = mix, None, None
 
     def get_mix(self) -> dict[str, float]:
-        """The adapters that act, with their weights; where samples differ, the largest weight of any."""
-        largest = self.mix if self.mix.dim() == 1 else self.mix.gather(0, self.mix.abs().argmax(0, keepdim=True))[0]
-        return {name: weight for name, weight in zip(self._names, largest.tolist(), strict=True) if weight != 0}
+        """The adapters that act, with their weights; where samples or layers differ, the largest weight of any."""
+        return self._mix.largest()
+
+    @contextmanager
+    def mixed(self, mix: Mix | Row | Sequence[Row]) -> Iterator[None]:
+        """Within the block calls from this thread (or asyncio task), and no others, have a mix of their own.
+
+        It is meant for inference. The mix is of what adapters hold when the block begins.
+
+        Args:
+            mix: one of `make_mix`, or what that takes.
+
+        Raises:
+            SVDiffError: see `make_mix`; or the model is compiled, and only knows the mix that all calls share.
+        """
+        if self._is_compiled or getattr(self._root, "_compiled_call_impl", None) is not None:
+            raise SVDiffError(_COMPILED)
+        call = _Call(self, mix if isinstance(mix, Mix) else self.make_mix(mix))
+        token = _CALLS.set(MappingProxyType({**_CALLS.get(), id(self): call}))
+        self._calls.add(call)
+        try:
+            yield
+        finally:
+            self._calls.discard(call)
+            _CALLS.reset(token)
 
     def delta_dict(self, name: str) -> dict[str, Tensor]:
         """A copy of an adapter's shifts, by layer."""
-        return {key: view.clone() for key, view in self._views(name).items()}
+        self._check_name(name)
+        parts = self._shifts(name).clone().split(self._sizes)
+        return dict(zip(self._layers, parts, strict=True))
 
     def load_delta_dict(self, name: str, deltas: Mapping[str, Tensor], *, strict: bool = True) -> None:
         """Set an adapter's shifts, adding the adapter if there is none of that name.
@@ -142,8 +198,10 @@ class Bank(nn.Module):
             strict: whether every layer must have one; else a layer without stays at zero.
 
         Raises:
-            SVDiffError: an unknown or missing layer, a wrong shape, or a value that is not finite.
+            SVDiffError: an empty name, an unknown or missing layer, a wrong shape, or a value that is not finite.
         """
+        if not name:
+            raise SVDiffError("an adapter needs a name")
         for key, delta in deltas.items():
             layer = self._layers.get(key)
             if layer is None:
@@ -154,19 +212,23 @@ class Bank(nn.Module):
                 raise SVDiffError(f"delta {key!r} holds NaN or inf")
         if strict and (missing := [key for key in self._layers if key not in deltas]):
             raise SVDiffError(f"{len(missing)} layers have no delta, the first is {missing[0]!r}")
-        if name not in self._names:
-            self.add(name)
-        with torch.no_grad():
-            for key, view in self._views(name).items():
-                if key in deltas:
-                    view.copy_(deltas[key])
-                else:
-                    view.zero_()
+        wide = self.base.dtype
+        shifts = torch.zeros(self.base.numel(), dtype=wide)
+        for key, part in zip(self._layers, shifts.split(self._sizes), strict=True):
+            if key in deltas:
+                part.copy_(deltas[key].detach())
+        if name == TRAINED:
+            with torch.no_grad():
+                for parameter, part in zip(self.trained, shifts.split([p.numel() for p in self.trained]), strict=True):
+                    parameter.copy_(part)
+        else:
+            self._frozen[name] = shifts
+        self._in_slots = [None if key is None or key[0] == name else key for key in self._in_slots]
+        self.set_mix(self._mix)
 
     def refresh(self) -> None:
         """Compute all gains and hand each layer its slice."""
-        deltas = [p for name in self._names for p in self.parameters_of(name)]
-        slices = _Gains.apply(self.base, self.floor, self.mix, *deltas).split(self._sizes, dim=-1)
+        slices = self._gains(self.mix, self.slots, self._mix.repeats, self._batch)
         for layer, gain in zip(self._layers.values(), slices, strict=True):
             layer._bank_gain = gain
         if not torch.compiler.is_compiling():
@@ -177,9 +239,20 @@ class Bank(nn.Module):
         if self._fresh_for != self._state():
             self.refresh()
 
+    def gain_of(self, layer: SpectralModule) -> Tensor:
+        """The gain of one of the layers, ``[r]`` or a row for each input, under the mix of the present call."""
+        if torch.compiler.is_compiling():  # only the hook refreshes
+            self._check_shared()
+        elif call := _CALLS.get().get(id(self)):
+            return call.gain_of(layer)
+        else:
+            self.ensure_fresh()
+        assert layer._bank_gain is not None
+        return layer._bank_gain
+
     def release(self) -> None:
         """Undo the adoption: every layer gets the "default" delta back as a parameter of its own."""
-        for layer, view in zip(self._layers.values(), self._views(TRAINED).values(), strict=True):
+        for layer, view in zip(self._layers.values(), self._views(), strict=True):
             object.__setattr__(layer, "_bank", None)
             layer._bank_gain = None
             del layer.delta
@@ -192,34 +265,64 @@ class Bank(nn.Module):
         """x as it is: an `nn.Sequential` that is the root calls the bank like every other child."""
         return x
 
-    def _before_root(self, module: nn.Module, args: Any) -> None:
+    def _before_root(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        batch = _batch_of((*args, *kwargs.values()))
+        if torch.compiler.is_compiling():
+            self._is_compiled = True
+            self._check_shared()
+        elif call := _CALLS.get().get(id(self)):
+            call.refresh(batch)
+            return
+        self._batch = batch
         self.refresh()
 
+    def _check_shared(self) -> None:
+        if self._calls:
+            raise SVDiffError(_COMPILED)
+
+    def _gains(self, mix: Tensor, slots: Tensor, repeats: int, batch: int | None) -> tuple[Tensor, ...]:
+        """The gain of each layer, in their order."""
+        if mix.dim() == 2 and batch is not None:
+            mix = per_input(mix, repeats, batch)
+        kinds = [p.numel() for p in self.trained]
+        deltas = [part for slot in slots.unbind() for part in slot.split(kinds)]
+        return _Gains.apply(self.base, self.floor, mix, *self.trained, *deltas).split(self._sizes, dim=-1)
+
     def _state(self) -> tuple[object, ...]:
-        versions = (p._version for p in self._parameters.values() if p is not None)
-        return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), self.mix._version, *versions
+        versions = (p._version for p in self.trained)
+        return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *versions
 
-    def _set_mix_tensor(self, mix: Tensor) -> None:
-        if mix.shape == self.mix.shape:
-            self.mix.copy_(mix)  # in place: a compiled model or a captured graph sees it
-        else:
-            self.mix = mix
-            self._fresh_for = None
+    def _table_of(self, mix: Mix, slots: Sequence[Key | None]) -> Tensor:
+        """The weights of "default" and of what is in slots, ``[1 + K]``, or ``[S, 1 + K]`` where samples differ."""
+        table = self.base.new_tensor(mix.table([_TRAINED_KEY, *slots]))
+        return table[0] if mix.shared else table
 
-    def _views(self, name: str) -> dict[str, Tensor]:
-        matrices, one_dim = (p.detach() for p in self.parameters_of(name))
+    def _term(self, key: Key) -> Tensor:
+        """The shifts of an adapter, each layer's by its weight."""
+        adapter, weights = key
+        shifts = self._shifts(adapter)
+        if weights is None:
+            return shifts
+        each = torch.tensor(weights, dtype=shifts.dtype).repeat_interleave(torch.tensor(self._sizes))
+        return shifts * each.to(shifts.device)
+
+    def _shifts(self, name: str) -> Tensor:
+        return torch.cat(self.trained).detach() if name == TRAINED else self._frozen[name]
+
+    def _views(self) -> tuple[Tensor, ...]:
+        """The shifts of "default", by layer."""
         count = sum(not layer.one_dim for layer in self._layers.values())
-        views = (*matrices.split(self._sizes[:count]), *one_dim.split(self._sizes[count:]))
-        return dict(zip(self._layers, views, strict=True))
+        matrices, one_dim = (p.detach() for p in self.trained)
+        return *matrices.split(self._sizes[:count]), *one_dim.split(self._sizes[count:])
 
     def _bind(self) -> None:
-        for layer, view in zip(self._layers.values(), self._views(TRAINED).values(), strict=True):
+        for layer, view in zip(self._layers.values(), self._views(), strict=True):
             layer.delta = view
         self._fresh_for = None
 
     def _check_name(self, name: str) -> None:
-        if name not in self._names:
-            raise SVDiffError(f"there is no adapter {name!r}; there are: {', '.join(self._names)}")
+        if name not in self.names:
+            raise SVDiffError(f"there is no adapter {name!r}; there are: {', '.join(self.names)}")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(lambda t: keep_wide(fn, t), recurse)
@@ -227,7 +330,43 @@ class Bank(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_fresh_for": None}  # a copy's layers have no gains yet
+        return self.__dict__ | {"_fresh_for": None, "_calls": set()}  # a copy's layers have no gains yet
+
+
+class _Call:
+    """A mix that travels with the calls of one thread or task, and the gains that came of it."""
+
+    def __init__(self, bank: Bank, mix: Mix) -> None:
+        keys: list[Key] = [key for key in mix.keys if key != _TRAINED_KEY]
+        with torch.no_grad():
+            terms = [bank._term(key).to(bank.base) for key in keys]
+        self._bank, self._mix = bank, mix
+        self._slots = torch.stack(terms) if terms else bank.base.new_zeros(0, bank.base.numel())
+        self._table = bank._table_of(mix, keys)
+        self._gains: dict[SpectralModule, Tensor] = {}
+        self._batch: int | None = None
+        self._fresh_for: tuple[object, ...] | None = None
+
+    def refresh(self, batch: int | None) -> None:
+        """Compute all gains, for a batch of this length."""
+        slices = self._bank._gains(self._table, self._slots, self._mix.repeats, batch)
+        self._gains = dict(zip(self._bank._layers.values(), slices, strict=True))
+        self._batch, self._fresh_for = batch, self._bank._state()
+
+    def gain_of(self, layer: SpectralModule) -> Tensor:
+        """See `Bank.gain_of`."""
+        if self._fresh_for != self._bank._state():
+            self.refresh(self._batch)
+        return self._gains[layer]
+
+
+_TRAINED_KEY: Key = (TRAINED, None)
+_COMPILED = "a compiled model has one mix for all calls: choose it with set_mix, and let calls that differ wait"
+
+
+def _batch_of(arguments: tuple[Any, ...]) -> int | None:
+    """The length of a call's batch: that of its first tensor with more than one dimension."""
+    return next((a.shape[0] for a in arguments if isinstance(a, Tensor) and a.dim() > 1), None)
 
 
 def _check_layers(layers: Mapping[str, SpectralModule]) -> None:

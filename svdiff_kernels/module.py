@@ -54,10 +54,21 @@ class SpectralModule(nn.Module):
         """What the forward pass multiplies by: `scale`, less sigma in the residual form."""
         if self._bank is None:
             return spectral_gain(self.sigma, self.delta, residual=self.form == "residual")
-        if not torch.compiler.is_compiling():  # compiled, only the bank's hook refreshes
-            self._bank.ensure_fresh()
-        assert self._bank_gain is not None
-        return self._bank_gain
+        return self._bank.gain_of(self)
+
+    def gain_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x, and the gain for it. An x that all samples share, such as the ids of positions, comes once for each.
+
+        Raises:
+            SVDiffError: samples have gains of their own, and do not split the first dimension of x evenly.
+        """
+        gain = self.gain()
+        if gain.dim() == 2 and (x.dim() == 0 or x.shape[0] % len(gain)):
+            if x.dim() == 0 or x.shape[0] != 1:
+                first = f"a first dimension of {x.shape[0]}" if x.dim() else "a single number"
+                raise SVDiffError(f"a mix for {len(gain)} inputs does not split {first} evenly")
+            x = x.expand(len(gain), *x.shape[1:])
+        return x, gain
 
     def one_gain(self) -> Tensor:
         """`gain`, where all samples must share it.

@@ -212,8 +212,9 @@ class SpectralLinear(_SpectralMatrix):
     def forward(self, x: Tensor) -> Tensor:
         """``[*, in_features]`` to ``[*, out_features]``."""
         self.ready()
+        x, gain = self.gain_for(x)
         run = recomposed_linear if self.form == "recomposed" else scaled_linear
-        return run(x, self.U, self.gain(), self.Vh, self.bias, weight=self.base, alpha=self.alpha)
+        return run(x, self.U, gain, self.Vh, self.bias, weight=self.base, alpha=self.alpha)
 
     def merge(self) -> nn.Linear:
         """A plain linear layer with the shifted weight."""
@@ -235,6 +236,7 @@ def linears(x: Tensor, layers: Sequence[SpectralLinear]) -> list[Tensor]:
         layer.ready()
     U, Vh, bias = [layer.U for layer in layers], [layer.Vh for layer in layers], [layer.bias for layer in layers]
     gains, alpha = [layer.gain() for layer in layers], [layer.alpha for layer in layers]
+    x, _ = layers[0].gain_for(x)
     return scaled_linears(x, U, gains, Vh, bias, alpha=alpha)
 
 
@@ -264,12 +266,13 @@ class SpectralConv2d(_SpectralMatrix):
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C_in, H, W]`` to ``[B, C_out, H', W']``, or both without B."""
         self.ready()
-        padding = self.padding
+        batch, gain = self.gain_for(x if x.dim() == 4 else x[None])
+        x, padding = batch if x.dim() == 4 else batch[0], self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._padding_around, mode=self.padding_mode), 0
         run = recomposed_conv2d if self.form == "recomposed" else scaled_conv2d
         rest = (self.bias, self.stride, padding, self.dilation, self.groups)
-        return run(x, self.U, self.gain(), self.Vh, *rest, weight=self.base, alpha=self.alpha)
+        return run(x, self.U, gain, self.Vh, *rest, weight=self.base, alpha=self.alpha)
 
     def merge(self) -> nn.Conv2d:
         """A plain convolution with the shifted kernel."""
@@ -317,10 +320,11 @@ class SpectralEmbedding(_SpectralMatrix):
     def forward(self, ids: Tensor) -> Tensor:
         """``[*]`` integers to ``[*, embedding_dim]``."""
         self.ready()
+        ids, gain = self.gain_for(ids)
         how: Any = {"padding_idx": self.padding_idx, "dtype": self.dtype}
         if self.form == "recomposed":
-            return recomposed_embedding(ids, self.U, self.gain(), self.Vh, **how)
-        return scaled_embedding(ids, self.U, self.gain(), self.Vh, weight=self.base, **how)
+            return recomposed_embedding(ids, self.U, gain, self.Vh, **how)
+        return scaled_embedding(ids, self.U, gain, self.Vh, weight=self.base, **how)
 
     def merge(self) -> nn.Embedding:
         """A plain embedding with the shifted table."""

@@ -55,14 +55,13 @@ class _SpectralVector(SpectralModule):
 
     def _affine(self, normed: Callable[[Tensor, Tensor | None, Tensor | None], Tensor], x: Tensor, dim: int) -> Tensor:
         """``normed(x, weight, bias)`` in fp32; the weight, one per sample if they differ, runs along x's dim."""
-        weight = self._shifted(self.gain())
+        x, gain = self.gain_for(x)
+        weight = self._shifted(gain)
         bias = None if self.bias is None else self.bias.to(weight.dtype)
         wide = x.to(weight.dtype)
         if weight.dim() == 1:
             return normed(wide, weight.view(self._weight_shape), bias).to(x.dtype)
         samples, y = len(weight), normed(wide, None, None)
-        if y.shape[0] % samples:
-            raise ValueError(f"a mix for {samples} samples, which do not split a batch of {y.shape[0]} evenly")
         tail = [1] * (y.dim() - dim - len(self._weight_shape))
         of_weight = [1] * (dim - 1) + [*self._weight_shape, *tail]
         y = y * weight.repeat_interleave(y.shape[0] // samples, 0).view(-1, *of_weight)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,15 @@ from torch import Tensor
 
 from svdiff_kernels import SVDiffError
 from svdiff_kernels.bank import TRAINED
+from svdiff_kernels.mix import Mix
 
 from . import checkpoint
 from .attached import AttachedModel
 from .parking import ParkingLot
+from .targets import layer_weights
+
+Weight = float | Mapping[str, "float | Mapping[str, float]"]
+"""How much of an adapter: everywhere, or by groups of layers."""
 
 
 class Adapter:
@@ -46,14 +52,14 @@ class Adapter:
         rates: dict[float, list[Tensor]] = {}
         for part in self._attached():
             own = lr if part.role == "denoiser" or lr_text_encoder is None else lr_text_encoder
-            for parameter, rate in zip(part.bank.parameters_of(TRAINED), (own, lr_1d), strict=True):
+            for parameter, rate in zip(part.bank.trained, (own, lr_1d), strict=True):
                 rates.setdefault(rate, []).append(parameter)
         groups = [{"params": [p for p in found if p.numel()], "lr": rate} for rate, found in rates.items()]
         return [group for group in groups if group["params"]]
 
     def num_parameters(self) -> int:
         """How many numbers one adapter has."""
-        return sum(p.numel() for part in self._attached() for p in part.bank.parameters_of(TRAINED))
+        return sum(p.numel() for part in self._attached() for p in part.bank.trained)
 
     def save_weights(
         self, directory: str | os.PathLike[str], adapter_name: str | None = None, **metadata: object
@@ -69,59 +75,116 @@ class Adapter:
             The files written.
         """
         name = adapter_name or TRAINED
+        roles = [part.role for part in self._attached()]
         files = {
             Path(directory) / checkpoint.FILE_NAMES[part.role]: checkpoint.encode(
-                part.bank.delta_dict(name), part.layout, metadata
+                part.bank.delta_dict(name), part.layout, roles, metadata
             )
             for part in self._attached()
         }
         checkpoint.write(files)
         return list(files)
 
-    def load_weights(self, path: str | os.PathLike[str], adapter_name: str | None = None) -> None:
+    def load_weights(
+        self, path: str | os.PathLike[str], adapter_name: str | None = None, *, activate: bool = True
+    ) -> None:
         """Load delta files as an adapter, which becomes the only active one.
+
+        Layers that the files do not have are not shifted. It may happen while pictures are drawn.
 
         Args:
             path: a folder with delta files, or the denoiser's file (the text encoders' are looked for beside it).
             adapter_name: what to call it; "default" if None. An adapter of that name is replaced.
+            activate: False leaves what is active as it is.
 
         Raises:
             SVDiffError: a file is missing, damaged, or does not fit the attached layers to the key. Nothing is changed.
         """
         parts = {part.role: part for part in self._attached()}
-        files = checkpoint.find_files(path)
-        if extra := sorted(files.keys() & self._left_out):
-            raise SVDiffError(f"{files[extra[0]]} has no place here: attach with text_encoder=True")
-        if missing := [role for role in parts if role not in files]:
-            raise SVDiffError(f"{path} has no {checkpoint.FILE_NAMES[missing[0]]} for the attached {missing[0]}")
+        files = checkpoint.read_all(path)
+        if extra := [role for role in files if role in self._left_out]:
+            raise SVDiffError(f"{files[extra[0]].path} has no place here: attach with text_encoder=True")
         self.load_deltas(
-            {role: checkpoint.read(files[role]).for_layout(part.layout) for role, part in parts.items()}, adapter_name
+            {role: file.for_layout(parts[role].layout) for role, file in files.items() if role in parts},
+            adapter_name,
+            activate=activate,
         )
 
-    def load_deltas(self, deltas: Mapping[str, Mapping[str, Tensor]], adapter_name: str | None = None) -> None:
-        """Set an adapter's shifts from tensors, ``{"denoiser": {module path: delta}, ...}``, and make it active."""
+    def load_deltas(
+        self, deltas: Mapping[str, Mapping[str, Tensor]], adapter_name: str | None = None, *, activate: bool = True
+    ) -> None:
+        """Set an adapter's shifts from tensors, and make it the only active one.
+
+        Args:
+            deltas: ``{"denoiser": {module path: delta}, "text_encoder": ...}``; what is not there is not shifted.
+            adapter_name: see `load_weights`.
+            activate: see `load_weights`.
+        """
         name = adapter_name or TRAINED
         for part in self._attached():
-            part.bank.load_delta_dict(name, deltas[part.role])
-        self.set_adapters(name)
+            part.bank.load_delta_dict(name, deltas.get(part.role, {}), strict=False)
+        if activate:
+            self.set_adapters(name)
 
-    def set_adapters(self, names: str | Sequence[str], weights: float | Sequence[float] | None = None) -> None:
+    def set_adapters(self, names: str | Sequence[str], weights: Weight | Sequence[Weight] | None = None) -> None:
         """Choose which adapters act, and how much of each: ``relu(sigma + sum of weight * delta)``.
 
         Args:
             names: adapters; an empty list is the base model.
-            weights: one for all, or one each; 1 if None.
+            weights: one for all, or one each; 1 if None. A weight is a number; or numbers by groups of layers, such as
+                ``{"up": 0.5, "cross_attn": 1.2, "text_encoder": 0}``: an expression of `targets.matching` is about
+                layers of the denoiser (the last that matches counts, and 1 where none does), and a text encoder's
+                name, or "denoiser", about that part.
 
         Raises:
-            SVDiffError: an unknown or repeated name, or another number of weights than of names.
+            SVDiffError: an unknown or repeated name, another number of weights than of names, or a group without
+                layers. Nothing is changed.
         """
         names = [names] if isinstance(names, str) else list(names)
-        if weights is None or isinstance(weights, int | float):
-            weights = [1.0 if weights is None else float(weights)] * len(names)
+        if weights is None or isinstance(weights, int | float | Mapping):
+            weights = [1.0 if weights is None else weights] * len(names)
         if len(weights) != len(names) or len(set(names)) != len(names):
             raise SVDiffError(f"set_adapters: {len(names)} names ({', '.join(names)}) for {len(weights)} weights")
-        for part in self._attached():
-            part.bank.set_mix(dict(zip(names, weights, strict=True)))
+        for part, made in self._mixes([dict(zip(names, weights, strict=True))]):
+            part.bank.set_mix(made)
+
+    def set_adapters_per_sample(self, mixes: Sequence[Mapping[str, Weight]], *, num_images_per_prompt: int = 1) -> None:
+        """Give each prompt of a batch adapters of its own, ``[{"dog": 1.0}, {"dog": 0.5, "ink": 0.8}, {}]``.
+
+        The pipeline is then called with as many prompts, with or without classifier-free guidance.
+
+        Args:
+            mixes: one for each prompt, in order; weights as in `set_adapters`.
+            num_images_per_prompt: what the pipeline is called with.
+
+        Raises:
+            SVDiffError: see `set_adapters`. Nothing is changed.
+        """
+        for part, made in self._mixes(mixes, num_images_per_prompt):
+            part.bank.set_mix(made)
+
+    @contextmanager
+    def mixed(
+        self, mixes: Mapping[str, Weight] | Sequence[Mapping[str, Weight]], *, num_images_per_prompt: int = 1
+    ) -> Iterator[None]:
+        """Within the block, another mix for what this thread (or asyncio task) draws, and for nobody else.
+
+        ::
+
+            with adapter.mixed({"dog": 0.7, "ink": 0.3}):
+                image = pipeline("a dog in the snow").images[0]
+
+        Args:
+            mixes: for all prompts, or one for each, as in `set_adapters_per_sample`.
+            num_images_per_prompt: what the pipeline is called with, where each prompt has its own.
+
+        Raises:
+            SVDiffError: see `set_adapters`; or the model is compiled, and knows only one mix for all calls.
+        """
+        with ExitStack() as stack:
+            for part, made in self._mixes([mixes] if isinstance(mixes, Mapping) else mixes, num_images_per_prompt):
+                stack.enter_context(part.bank.mixed(made))
+            yield
 
     def get_active_adapters(self) -> list[str]:
         """Names of the adapters that act."""
@@ -152,7 +215,33 @@ class Adapter:
         self._parts.clear()
         self._lot.close()
 
+    def _mixes(
+        self, mixes: Sequence[Mapping[str, Weight]], num_images_per_prompt: int = 1
+    ) -> list[tuple[AttachedModel, Mix]]:
+        """For each part the mix of its bank, all of them checked; weights of groups are those of layers there."""
+        parts = self._attached()
+        roles = {part.role for part in parts} | set(self._left_out)
+        made = []
+        for part in parts:
+            rows = [{name: _for_part(w, part, part is parts[0], roles) for name, w in row.items()} for row in mixes]
+            repeats = num_images_per_prompt if part.role == "denoiser" else 1  # a prompt is encoded once
+            made.append((part, part.bank.make_mix(rows, repeats=repeats)))
+        return made
+
     def _attached(self) -> list[AttachedModel]:
         if not self._parts:
             raise SVDiffError("this adapter has been unloaded: attach the model again")
         return self._parts
+
+
+def _for_part(
+    weight: Weight, part: AttachedModel, is_first: bool, roles: Collection[str]
+) -> float | Mapping[str, float]:
+    if not isinstance(weight, Mapping):
+        return weight
+    of_part = weight.get(part.role, {})
+    groups = {key: w for key, w in weight.items() if key not in roles} if is_first else {}
+    if not isinstance(of_part, Mapping):
+        groups, of_part = {"all": of_part, **groups}, {}
+    each: Any = {**groups, **of_part}
+    return layer_weights(each, part.bank.layer_names) if each else 1.0

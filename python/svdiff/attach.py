@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 
 from svdiff_kernels import FactorCache, Factors, SVDiffError
+from svdiff_kernels.bank import TRAINED
 from svdiff_kernels.decompose import decomposed
 from svdiff_kernels.nn import SpectralModule
 
@@ -87,17 +88,18 @@ def attach(
 
 def load(
     model_or_pipeline: Any,
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]],
     *,
     form: Form = "auto",
     cache: FactorCache | bool | None = None,
     lazy: bool = False,
 ) -> Adapter:
-    """Attach just what a delta file needs, and load the file as the active adapter "default".
+    """Attach just what delta files need, and load them; the first adapter acts.
 
     Args:
         model_or_pipeline: see `attach`.
-        path: a folder with delta files, or the denoiser's file; svdiff-pytorch's files will do.
+        path: a folder with delta files, or the denoiser's file, for the adapter "default"; svdiff-pytorch's files will
+            do. Or several of these by the names that the adapters are to have.
         form: see `attach`.
         cache: see `attach`.
         lazy: see `attach`.
@@ -106,25 +108,35 @@ def load(
         SVDiffError: no file, a damaged one, or one for another base. The model is then as it was.
     """
     models = _models_of(model_or_pipeline)
-    files = {role: checkpoint.read(file) for role, file in checkpoint.find_files(path).items()}
+    adapters = {
+        name: checkpoint.read_all(own) for name, own in (path if isinstance(path, Mapping) else {TRAINED: path}).items()
+    }
     if isinstance(model_or_pipeline, nn.Module):
-        files = {role: file for role, file in files.items() if role in models}
-    if absent := [role for role in files if role not in models]:
-        raise SVDiffError(f"{files[absent[0]].path} is for a {absent[0]}, which this pipeline does not have")
-    if not files:
+        adapters = {
+            name: {role: file for role, file in files.items() if role in models} for name, files in adapters.items()
+        }
+    for files in adapters.values():
+        if absent := [role for role in files if role not in models]:
+            raise SVDiffError(f"{files[absent[0]].path} is for a {absent[0]}, which this pipeline does not have")
+    by_role = {role: [files[role] for files in adapters.values() if role in files] for role in models}
+    by_role = {role: files for role, files in by_role.items() if files}
+    if not by_role:
         raise SVDiffError(f"{path} holds no shifts for a {next(iter(models))}")
     base_model = _base_model_of(model_or_pipeline)
-    chosen, layouts, deltas = {}, {}, {}
-    for role, file in files.items():
+    chosen, layouts = {}, {}
+    for role, of_role in by_role.items():
         possible = select(models[role], embeddings=role != "denoiser")
-        paths = {checkpoint.model_path(p, possible) for p in file.deltas}
+        paths = {checkpoint.model_path(p, possible) for file in of_role for p in file.deltas}
         chosen[role] = {p: module for p, module in possible.items() if p in paths}
-        layouts[role] = layout_of(
-            chosen[role], rank=_rank_of(file), one_dim=_one_dim_of(file, possible), base_model=base_model
-        )
-        deltas[role] = file.for_layout(layouts[role])  # before decomposing for nothing
+        one_dim = _one_dim_of(of_role, possible)
+        layouts[role] = layout_of(chosen[role], rank=_rank_of(of_role[0]), one_dim=one_dim, base_model=base_model)
+    deltas = {  # before decomposing for nothing
+        name: {role: file.for_layout(layouts[role]) for role, file in files.items()} for name, files in adapters.items()
+    }
     adapter = _attach(models, chosen, layouts, form, cache, lazy)
-    adapter.load_deltas(deltas)
+    for name, of_adapter in deltas.items():
+        adapter.load_deltas(of_adapter, name)
+    adapter.set_adapters(next(iter(deltas)))
     return adapter
 
 
@@ -213,10 +225,11 @@ def _rank_of(file: DeltaFile) -> int | None:
     return None if rank == "full" else int(rank)
 
 
-def _one_dim_of(file: DeltaFile, possible: Mapping[str, nn.Module]) -> OneDim:
+def _one_dim_of(files: Sequence[DeltaFile], possible: Mapping[str, nn.Module]) -> OneDim:
     """From the shapes, which files without metadata have too."""
     sizes = {
         delta.numel()
+        for file in files
         for path, delta in file.deltas.items()
         if type(possible.get(checkpoint.model_path(path, possible))) in ONE_DIM_LAYERS
     }

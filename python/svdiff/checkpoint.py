@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,8 +69,12 @@ class DeltaFile:
     def for_layout(self, layout: Layout) -> dict[str, Tensor]:
         """The shifts by module path of a model, which they are checked against.
 
+        A layer of the model that the file does not have is one that it does not shift, if the file says which weights
+        it was trained on.
+
         Raises:
-            SVDiffError: a key is missing or unknown, a shape differs, or the file was trained on other weights.
+            SVDiffError: a key is unknown, a shape differs, or the file was trained on other weights; or it does not say
+                on which, and a key is missing.
         """
         found = {model_path(path, layout.shapes): path for path in self.deltas}
         if unknown := sorted(found.keys() - layout.shapes.keys()):
@@ -78,14 +82,15 @@ class DeltaFile:
                 f"{self._key(found[unknown[0]])} belongs to no adapted layer of this model"
                 f"{_others(unknown)}: the file was made for another base, or other targets"
             )
-        if missing := sorted(layout.shapes.keys() - found.keys()):
+        hashes = self.base_hashes()
+        missing = sorted(layout.shapes.keys() - found.keys())
+        if missing and not hashes:
             raise SVDiffError(
                 f"{self._key(file_path(missing[0]))} is missing{_others(missing)}: "
                 "the file was made for another base, or other targets"
             )
-        hashes = self._base_hashes()
-        for path, shape in layout.shapes.items():
-            delta = self.deltas[found[path]]
+        for path in found:
+            delta, shape = self.deltas[found[path]], layout.shapes[path]
             if delta.shape != shape:
                 raise SVDiffError(
                     f"{self._key(found[path])} has shape {list(delta.shape)}, but the model's has {list(shape)}: "
@@ -97,9 +102,10 @@ class DeltaFile:
                 raise SVDiffError(
                     f"{self._key(found[path])} was trained on other weights than this model's: the file is for {base}"
                 )
-        return {path: self.deltas[found[path]] for path in layout.shapes}
+        return {path: self.deltas[name] for path, name in found.items()}
 
-    def _base_hashes(self) -> dict[str, str]:
+    def base_hashes(self) -> dict[str, str]:
+        """The beginnings of the content hashes of the weights it was trained on, by module path; empty if not told."""
         digits = self.metadata.get("base_hashes", "").split()
         if digits and len(digits) != len(self.deltas):
             raise SVDiffError(f"{self.path}: its metadata has {len(digits)} base hashes for {len(self.deltas)} keys")
@@ -138,8 +144,58 @@ def read(path: Path) -> DeltaFile:
     return DeltaFile(path, deltas, metadata)
 
 
-def encode(deltas: Mapping[str, Tensor], layout: Layout, extra: Mapping[str, object]) -> Content:
-    """The tensors and the metadata of a delta file."""
+def read_all(path: str | os.PathLike[str]) -> dict[str, DeltaFile]:
+    """Read the delta files of a folder, or a denoiser's file and those that stand beside it, by part of the pipeline.
+
+    Raises:
+        SVDiffError: there are none, one cannot be read (see `read`), or one is missing that was saved with the others.
+    """
+    files = {part: read(file) for part, file in _find_files(path).items()}
+    for file in files.values():
+        if missing := [part for part in file.metadata.get("parts", "").split() if part not in files]:
+            raise SVDiffError(f"{file.path} was saved with a file for the {missing[0]}, which is not beside it")
+    return files
+
+
+def common_layout(files: Sequence[DeltaFile]) -> Layout:
+    """What files for the same base hold together: every module that any of them has.
+
+    Raises:
+        SVDiffError: they are for different bases, ranks or modes.
+    """
+    first = files[0]
+    shapes: dict[str, torch.Size] = {}
+    hashes: dict[str, str] = {}
+    for file in files:
+        for name in ("rank", "one_dim", "conv_reshape"):
+            one, other = first.metadata.get(name), file.metadata.get(name)
+            if one is not None and other is not None and one != other:
+                raise SVDiffError(f"{first.path} has {name} {one}, {file.path} {other}: they cannot be combined")
+        known = file.base_hashes()
+        for path, delta in file.deltas.items():
+            if shapes.setdefault(path, delta.shape) != delta.shape or (
+                path in known and hashes.setdefault(path, known[path]) != known[path]
+            ):
+                raise SVDiffError(f"{first.path} and {file.path} are for different bases: {path} differs")
+    rank = first.metadata.get("rank", "full")
+    return Layout(
+        shapes,
+        hashes,
+        None if rank == "full" else int(rank),
+        first.metadata.get("one_dim", "vector"),
+        first.metadata.get("base_model", ""),
+    )
+
+
+def encode(deltas: Mapping[str, Tensor], layout: Layout, parts: Iterable[str], extra: Mapping[str, object]) -> Content:
+    """The tensors and the metadata of a delta file.
+
+    Args:
+        deltas: by module path.
+        layout: of the model.
+        parts: of the pipeline, that files are saved for together.
+        extra: what else the metadata should say.
+    """
     named = {file_path(path): path for path in deltas}
     tensors = {
         name + _SUFFIX: deltas[path].detach().to("cpu", torch.float32).contiguous() for name, path in named.items()
@@ -155,6 +211,7 @@ def encode(deltas: Mapping[str, Tensor], layout: Layout, extra: Mapping[str, obj
         "rank": "full" if layout.rank is None else str(layout.rank),
         "one_dim": layout.one_dim,
         "conv_reshape": "co,ci*kh*kw",
+        "parts": " ".join(parts),
     }
     return tensors, metadata
 
@@ -170,24 +227,6 @@ def write(files: Mapping[Path, Content]) -> None:
             save_file(tensors, partial[path], metadata)
         for path in files:
             os.replace(partial[path], path)
-
-
-def find_files(path: str | os.PathLike[str]) -> dict[str, Path]:
-    """The delta files, by part of the pipeline, of a folder, or of a denoiser's file and those that stand beside it.
-
-    Raises:
-        SVDiffError: there are none.
-    """
-    given = Path(path).expanduser()
-    denoiser = given / FILE_NAMES["denoiser"] if given.is_dir() else given
-    stem = denoiser.name.removesuffix(".safetensors")
-    default_stem = FILE_NAMES["denoiser"].removesuffix(".safetensors")
-    files = {part: denoiser.with_name(stem + name.removeprefix(default_stem)) for part, name in FILE_NAMES.items()}
-    files["denoiser"] = denoiser
-    found = {part: file for part, file in files.items() if file.is_file()}
-    if not found:
-        raise SVDiffError(f"there is no delta file {denoiser}")
-    return found
 
 
 def file_path(path: str) -> str:
@@ -214,6 +253,24 @@ def _partial_files(paths: list[Path]) -> Iterator[dict[Path, Path]]:
         for path in partial.values():
             with suppress(OSError):
                 path.unlink()
+
+
+def _find_files(path: str | os.PathLike[str]) -> dict[str, Path]:
+    """The delta files, by part of the pipeline, of a folder, or of a denoiser's file and those that stand beside it.
+
+    Raises:
+        SVDiffError: there are none.
+    """
+    given = Path(path).expanduser()
+    denoiser = given / FILE_NAMES["denoiser"] if given.is_dir() else given
+    stem = denoiser.name.removesuffix(".safetensors")
+    default_stem = FILE_NAMES["denoiser"].removesuffix(".safetensors")
+    files = {part: denoiser.with_name(stem + name.removeprefix(default_stem)) for part, name in FILE_NAMES.items()}
+    files["denoiser"] = denoiser
+    found = {part: file for part, file in files.items() if file.is_file()}
+    if not found:
+        raise SVDiffError(f"there is no delta file {denoiser}")
+    return found
 
 
 def _others(keys: list[str]) -> str:

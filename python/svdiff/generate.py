@@ -138,5 +138,4 @@ def _check(config: GenerateConfig) -> None:
     if config.dtype not in DTYPES:
         raise SVDiffError(f"dtype {config.dtype!r} is not one of {', '.join(DTYPES)}")
     if config.spectral_shifts_ckpt is not None:
-        for file in checkpoint.find_files(config.spectral_shifts_ckpt).values():
-            checkpoint.read(file)  # a bad file need not wait for the model to load
+        checkpoint.read_all(config.spectral_shifts_ckpt)  # a bad file need not wait for the model to load

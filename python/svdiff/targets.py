@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from torch import Tensor, nn
 
 from svdiff_kernels import SVDiffError
 
-# The paper's subsets (section 4.4), as what a module path must contain.
+# The paper's subsets (section 4.4) and others, as what a module path must contain.
 SUBSETS = {
     "all": r"",
-    "attention": r"(^|\.)attn\d?\.",
+    "attention": r"(^|\.)(attn\d?|self_attn)\.",
+    "self_attn": r"(^|\.)(attn1|self_attn)\.",
     "cross_attn": r"(^|\.)attn2\.",
     "cross_attn_kv": r"(^|\.)attn2\.to_[kv]$",
     "up": r"^up_blocks?\.",
@@ -31,7 +32,7 @@ def select(
 
     Args:
         model: the network to look through.
-        targets: a name of `SUBSETS`, a regular expression searched for in the module paths, or the very paths.
+        targets: an expression for `matching`, or the very paths.
         one_dim: take the weights of LayerNorm and GroupNorm too.
         embeddings: take embedding tables too.
 
@@ -48,24 +49,68 @@ def select(
         path: module for path, module in model.named_modules() if type(module) in kinds and _is_plain(module.weight)
     }
     if isinstance(targets, str):
-        pattern = _compile(SUBSETS.get(targets, targets))
-        chosen = {path: module for path, module in possible.items() if pattern.search(path)}
+        chosen = set(matching(targets, possible, "targets"))
         if not chosen:
             names = ", ".join(SUBSETS)
             raise SVDiffError(f"targets {targets!r} matches no layer of {type(model).__name__} (subsets: {names})")
-        return chosen
+        return {path: module for path, module in possible.items() if path in chosen}
     if unknown := sorted(set(targets) - possible.keys()):
         raise SVDiffError(f"{type(model).__name__} has no layer {unknown[0]!r} that can take spectral shifts")
     return {path: module for path, module in possible.items() if path in targets}
 
 
+def matching(expression: str, paths: Collection[str], setting: str) -> list[str]:
+    """The module paths that an expression stands for.
+
+    Args:
+        expression: a name of `SUBSETS`; ``level0``, ``level1``, ... for the blocks of a UNet that work at the latents'
+            resolution, at half of it, and so on; or a regular expression to be searched for.
+        paths: of all modules.
+        setting: what to call the expression in an error.
+
+    Raises:
+        SVDiffError: it is no valid regular expression, or asks for levels where there are none.
+    """
+    level = re.fullmatch(r"level(\d+)", expression)
+    pattern = _level(int(level[1]), paths) if level else SUBSETS.get(expression, expression)
+    try:
+        found = re.compile(pattern)
+    except re.error as error:
+        raise SVDiffError(f"{setting} {expression!r} is neither a subset nor a regular expression: {error}") from error
+    return [path for path in paths if found.search(path)]
+
+
+def layer_weights(weights: Mapping[str, float], paths: Collection[str]) -> dict[str, float]:
+    """The weight of each layer: that of the last expression which it matches, 1 if it matches none.
+
+    Args:
+        weights: by expression for `matching`.
+        paths: of the layers.
+
+    Raises:
+        SVDiffError: see `matching`; or an expression matches nothing.
+    """
+    each = dict.fromkeys(paths, 1.0)
+    for expression, weight in weights.items():
+        found = matching(expression, paths, "layers")
+        if not found:
+            raise SVDiffError(f"layers {expression!r} matches no adapted layer (subsets: {', '.join(SUBSETS)})")
+        each |= dict.fromkeys(found, float(weight))
+    return each
+
+
+def _level(level: int, paths: Collection[str]) -> str:
+    """What the paths of a UNet's level must contain; the last level has the middle too."""
+    down = [int(found[1]) for path in paths if (found := re.match(r"down_blocks\.(\d+)\.", path))]
+    last = max(down, default=-1)
+    if level > last:
+        there = f"level0 to level{last}" if down else "no levels"
+        raise SVDiffError(f"there is no level{level}: the adapted layers have {there}")
+    own = [rf"down_blocks\.{level}", rf"up_blocks\.{last - level}"]
+    own += ["mid_block"] * (level == last) + ["conv_in", "conv_norm_out", "conv_out"] * (level == 0)
+    return rf"^({'|'.join(own)})(\.|$)"
+
+
 def _is_plain(weight: object) -> bool:
     """An ordinary floating-point parameter: no quantised tensor, no norm's missing weight."""
     return isinstance(weight, nn.Parameter) and type(weight.data) is Tensor and weight.is_floating_point()
-
-
-def _compile(expression: str) -> re.Pattern[str]:
-    try:
-        return re.compile(expression)
-    except re.error as error:
-        raise SVDiffError(f"targets {expression!r} is neither a subset nor a regular expression: {error}") from error

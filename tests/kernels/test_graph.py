@@ -21,7 +21,7 @@ def test_a_graph_of_a_step_gives_the_bits_of_the_step(dtype: torch.dtype, monkey
         SpectralLinear.from_module(nn.Linear(48, 40), rank=16),
     ).to("cuda", dtype)
     bank = Bank({str(i): net[i] for i in (0, 2, 3)}, net)
-    matrices, _ = bank.parameters_of("default")
+    matrices, _ = bank.trained
     nn.init.normal_(matrices, std=0.1)
     x = torch.randn(2, 8, 8, 8, device="cuda", dtype=dtype)
 
