@@ -115,7 +115,9 @@ class Bank(nn.Module):
                 f"adapter {TRAINED!r} is the one that trains and cannot be removed; leave it out of the mix"
             )
         del self._frozen[name]
-        self.set_mix(self._mix.without(name))
+        self._in_slots = [None if key is not None and key[0] == name else key for key in self._in_slots]
+        if any(adapter == name for adapter, _ in self._mix.keys):
+            self.set_mix(self._mix.without(name))
 
     def make_mix(self, weights: Row | Sequence[Row], *, repeats: int = 1) -> Mix:
         """A mix for `set_mix`, checked but not yet in use.
@@ -153,8 +155,8 @@ class Bank(nn.Module):
         if table.shape == self.mix.shape:
             self.mix.copy_(table)  # in place: a compiled model or a captured graph sees it
         else:
-            self.mix = table
-        self._mix, self._batch, self._fresh_for = mix, None, None
+            self.mix, self._batch = table, None
+        self._mix, self._fresh_for = mix, None
 
     def get_mix(self) -> dict[str, float]:
         """The adapters that act, with their weights; where samples or layers differ, the largest weight of any."""
@@ -223,8 +225,10 @@ class Bank(nn.Module):
                     parameter.copy_(part)
         else:
             self._frozen[name] = shifts
-        self._in_slots = [None if key is None or key[0] == name else key for key in self._in_slots]
-        self.set_mix(self._mix)
+        held = [key for key in self._in_slots if key is not None and key[0] == name]
+        if held:
+            self._in_slots = [None if key in held else key for key in self._in_slots]
+            self.set_mix(self._mix)
 
     def refresh(self) -> None:
         """Compute all gains and hand each layer its slice."""

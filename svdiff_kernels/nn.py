@@ -115,14 +115,23 @@ class _SpectralMatrix(SpectralModule):
             self.sigma.new_empty(0, dtype=self.dtype), (self.U.shape[0], *self.Vh.shape[1:]), self.recomposed_weight
         )
 
-    def recomposed_weight(self) -> Tensor:
-        """The shifted weight, as large as the original."""
+    def recomposed_weight(self, base: Tensor | None = None) -> Tensor:
+        """The shifted weight, as large as the original.
+
+        Args:
+            base: the original, if it is at hand: then what is rebuilt is the shift alone, which is added to it in fp32,
+                and where that is zero the original comes out to the bit.
+        """
         self.ready()
         gain = self.one_gain()
-        return recomposed_weight(self.U, gain, self.Vh, self.base, alpha=self.alpha, dtype=self.dtype)
+        if self.base is None and base is not None:
+            gain = gain - self.sigma
+        else:
+            base = self.base
+        return recomposed_weight(self.U, gain, self.Vh, base, alpha=self.alpha, dtype=self.dtype)
 
-    def _merge_into(self, plain: nn.Module) -> Any:
-        plain.weight = nn.Parameter(self.recomposed_weight().detach(), requires_grad=False)
+    def _merge_into(self, plain: nn.Module, base: Tensor | None) -> Any:
+        plain.weight = nn.Parameter(self.recomposed_weight(base).detach(), requires_grad=False)
         if self.bias is not None:
             plain.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
         return plain.train(self.training)
@@ -216,9 +225,10 @@ class SpectralLinear(_SpectralMatrix):
         run = recomposed_linear if self.form == "recomposed" else scaled_linear
         return run(x, self.U, gain, self.Vh, self.bias, weight=self.base, alpha=self.alpha)
 
-    def merge(self) -> nn.Linear:
-        """A plain linear layer with the shifted weight."""
-        return self._merge_into(nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta"))
+    def merge(self, base: Tensor | None = None) -> nn.Linear:
+        """A plain linear layer with the shifted weight; base as in `recomposed_weight`."""
+        plain = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        return self._merge_into(plain, base)
 
     def extra_repr(self) -> str:
         """One line for print(model)."""
@@ -274,8 +284,8 @@ class SpectralConv2d(_SpectralMatrix):
         rest = (self.bias, self.stride, padding, self.dilation, self.groups)
         return run(x, self.U, gain, self.Vh, *rest, weight=self.base, alpha=self.alpha)
 
-    def merge(self) -> nn.Conv2d:
-        """A plain convolution with the shifted kernel."""
+    def merge(self, base: Tensor | None = None) -> nn.Conv2d:
+        """A plain convolution with the shifted kernel; base as in `recomposed_weight`."""
         plain = nn.Conv2d(
             self.in_channels,
             self.out_channels,
@@ -288,7 +298,7 @@ class SpectralConv2d(_SpectralMatrix):
             self.padding_mode,
             device="meta",
         )
-        return self._merge_into(plain)
+        return self._merge_into(plain, base)
 
     def extra_repr(self) -> str:
         """One line for print(model)."""
@@ -326,10 +336,10 @@ class SpectralEmbedding(_SpectralMatrix):
             return recomposed_embedding(ids, self.U, gain, self.Vh, **how)
         return scaled_embedding(ids, self.U, gain, self.Vh, weight=self.base, **how)
 
-    def merge(self) -> nn.Embedding:
-        """A plain embedding with the shifted table."""
+    def merge(self, base: Tensor | None = None) -> nn.Embedding:
+        """A plain embedding with the shifted table; base as in `recomposed_weight`."""
         plain = nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta")
-        return self._merge_into(plain)
+        return self._merge_into(plain, base)
 
     def extra_repr(self) -> str:
         """One line for print(model)."""

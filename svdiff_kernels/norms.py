@@ -76,8 +76,12 @@ class _SpectralVector(SpectralModule):
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.sigma.device)).dtype
         return super()._apply(fn, recurse)
 
-    def _merge_into(self, plain: nn.Module) -> Any:
-        plain.weight = nn.Parameter(self.weight.detach().clone(), requires_grad=False)
+    def _merge_into(self, plain: nn.Module, base: Tensor | None) -> Any:
+        weight = self.weight
+        if base is not None and self.direction is not None:  # whose product with sigma is not the original to the bit
+            shift = (self.one_gain() - self.sigma) * self.direction
+            weight = (base + shift.view(self._weight_shape)).to(self.dtype)
+        plain.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
         if self.bias is not None:
             plain.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
         return plain.train(self.training)
@@ -100,10 +104,10 @@ class SpectralLayerNorm(_SpectralVector):
         shape, eps = self.normalized_shape, self.eps
         return self._affine(lambda x, w, b: F.layer_norm(x, shape, w, b, eps), x, x.dim() - len(shape))
 
-    def merge(self) -> nn.LayerNorm:
-        """A plain layer norm with the shifted weight."""
+    def merge(self, base: Tensor | None = None) -> nn.LayerNorm:
+        """A plain layer norm with the shifted weight; base as in `nn`'s layers."""
         plain = nn.LayerNorm(self.normalized_shape, self.eps, bias=self.bias is not None, device="meta")
-        return self._merge_into(plain)
+        return self._merge_into(plain, base)
 
 
 class SpectralGroupNorm(_SpectralVector):
@@ -122,6 +126,6 @@ class SpectralGroupNorm(_SpectralVector):
         """Same shape and dtype as x."""
         return self._affine(lambda x, w, b: F.group_norm(x, self.num_groups, w, b, self.eps), x, 1)
 
-    def merge(self) -> nn.GroupNorm:
-        """A plain group norm with the shifted weight."""
-        return self._merge_into(nn.GroupNorm(self.num_groups, self.num_channels, self.eps, device="meta"))
+    def merge(self, base: Tensor | None = None) -> nn.GroupNorm:
+        """A plain group norm with the shifted weight; base as in `nn`'s layers."""
+        return self._merge_into(nn.GroupNorm(self.num_groups, self.num_channels, self.eps, device="meta"), base)

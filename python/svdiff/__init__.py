@@ -17,16 +17,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .adapter import Adapter
     from .attach import attach, load
+    from .combine import CombineConfig, CombineResult, combine
+    from .edit import EditConfig, EditResult, edit
     from .generate import GenerateConfig, GenerateResult, generate
     from .train import TrainConfig, TrainResult, train
 
 __all__ = [
     "Adapter",
+    "CombineConfig",
+    "CombineResult",
+    "EditConfig",
+    "EditResult",
     "GenerateConfig",
     "GenerateResult",
     "TrainConfig",
     "TrainResult",
     "attach",
+    "combine",
+    "edit",
     "generate",
     "load",
     "train",
@@ -36,6 +44,8 @@ _HOMES = {
     "Adapter": "adapter",
     "attach": "attach",
     "load": "attach",
+    **dict.fromkeys(("CombineConfig", "CombineResult", "combine"), "combine"),
+    **dict.fromkeys(("EditConfig", "EditResult", "edit"), "edit"),
     **dict.fromkeys(("GenerateConfig", "GenerateResult", "generate"), "generate"),
     **dict.fromkeys(("TrainConfig", "TrainResult", "train"), "train"),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,21 @@ Weight = float | Mapping[str, "float | Mapping[str, float]"]
 """How much of an adapter: everywhere, or by groups of layers."""
 
 
+@dataclass(frozen=True)
+class Clamped:
+    """What the ReLU of ``relu(sigma + delta)`` takes of an adapter.
+
+    Attributes:
+        count: singular values that it would make negative.
+        total: singular values that there are.
+        lost: share of what it would move all of them that is not moved.
+    """
+
+    count: int
+    total: int
+    lost: float
+
+
 class Adapter:
     """What `svdiff.attach` returns: the shifts of a denoiser, and of text encoders if they were attached.
 
@@ -38,6 +54,7 @@ class Adapter:
         self._parts = list(parts)
         self._lot = lot
         self._left_out = left_out
+        self._is_fused = False
 
     def param_groups(
         self, lr: float = 1e-3, lr_1d: float = 1e-6, *, lr_text_encoder: float | None = None
@@ -49,6 +66,7 @@ class Adapter:
             lr_1d: rate of the weights of norms.
             lr_text_encoder: rate of text encoders' matrices; `lr` if None.
         """
+        self._check_not_fused()
         rates: dict[float, list[Tensor]] = {}
         for part in self._attached():
             own = lr if part.role == "denoiser" or lr_text_encoder is None else lr_text_encoder
@@ -100,15 +118,19 @@ class Adapter:
         Raises:
             SVDiffError: a file is missing, damaged, or does not fit the attached layers to the key. Nothing is changed.
         """
+        self.load_deltas(self.read_weights(path), adapter_name, activate=activate)
+
+    def read_weights(self, path: str | os.PathLike[str]) -> dict[str, dict[str, Tensor]]:
+        """What delta files hold for the attached layers, checked but not loaded; for `load_deltas`.
+
+        Raises:
+            SVDiffError: see `load_weights`.
+        """
         parts = {part.role: part for part in self._attached()}
         files = checkpoint.read_all(path)
         if extra := [role for role in files if role in self._left_out]:
             raise SVDiffError(f"{files[extra[0]].path} has no place here: attach with text_encoder=True")
-        self.load_deltas(
-            {role: file.for_layout(parts[role].layout) for role, file in files.items() if role in parts},
-            adapter_name,
-            activate=activate,
-        )
+        return {role: file.for_layout(parts[role].layout) for role, file in files.items() if role in parts}
 
     def load_deltas(
         self, deltas: Mapping[str, Mapping[str, Tensor]], adapter_name: str | None = None, *, activate: bool = True
@@ -121,6 +143,7 @@ class Adapter:
             activate: see `load_weights`.
         """
         name = adapter_name or TRAINED
+        self._check_not_fused()
         for part in self._attached():
             part.bank.load_delta_dict(name, deltas.get(part.role, {}), strict=False)
         if activate:
@@ -200,6 +223,7 @@ class Adapter:
         Raises:
             SVDiffError: an unknown name, or "default", which is always there.
         """
+        self._check_not_fused()
         names = [names] if isinstance(names, str) else list(names)
         known = [name for name in self.get_list_adapters() if name != TRAINED]
         if unknown := [name for name in names if name not in known]:
@@ -207,6 +231,45 @@ class Adapter:
         for part in self._attached():
             for name in names:
                 part.bank.remove(name)
+
+    def clamped(self, adapter_name: str | None = None) -> Clamped:
+        """How much of an adapter, at weight 1, is lost at zero, below which no singular value goes."""
+        count, total, moved, lost = 0, 0, 0.0, 0.0
+        for part in self._attached():
+            for sigma, delta in part.singular_values(adapter_name or TRAINED):
+                below = (sigma + delta).clamp(max=0).abs().double()
+                count, total = count + int(below.count_nonzero()), total + delta.numel()
+                moved, lost = moved + float(delta.double().abs().sum()), lost + float(below.sum())
+        return Clamped(count, total, lost / moved if moved else 0.0)
+
+    def fuse(self) -> None:
+        """Make the model a plain one, with the weights of the present mix; `unfuse` takes that back.
+
+        It then computes as fast as the base, where spectral layers need a quarter more; it holds weights and factors;
+        and it must be unfused before anything else is loaded, chosen or trained. The shift is rebuilt and added in
+        fp32, so that a mix of nothing gives the original weights to the bit.
+
+        Raises:
+            SVDiffError: it is fused already, or prompts have mixes of their own. Nothing is changed.
+        """
+        self._check_not_fused()
+        if any(part.bank.mix.dim() == 2 for part in self._attached()):
+            raise SVDiffError("prompts have mixes of their own, which no one weight can hold: set one mix for all")
+        for part in self._attached():
+            part.fuse()
+        self._is_fused = True
+
+    def unfuse(self) -> None:
+        """Make the layers spectral again, to the bit what they were.
+
+        Raises:
+            SVDiffError: nothing is fused.
+        """
+        if not self._is_fused:
+            raise SVDiffError("nothing is fused")
+        for part in self._attached():
+            part.unfuse()
+        self._is_fused = False
 
     def unload(self) -> None:
         """Give the original model back, to the bit; this adapter is of no more use then."""
@@ -219,6 +282,7 @@ class Adapter:
         self, mixes: Sequence[Mapping[str, Weight]], num_images_per_prompt: int = 1
     ) -> list[tuple[AttachedModel, Mix]]:
         """For each part the mix of its bank, all of them checked; weights of groups are those of layers there."""
+        self._check_not_fused()
         parts = self._attached()
         roles = {part.role for part in parts} | set(self._left_out)
         made = []
@@ -227,6 +291,10 @@ class Adapter:
             repeats = num_images_per_prompt if part.role == "denoiser" else 1  # a prompt is encoded once
             made.append((part, part.bank.make_mix(rows, repeats=repeats)))
         return made
+
+    def _check_not_fused(self) -> None:
+        if self._is_fused:
+            raise SVDiffError("the adapter is fused into the model: unfuse it first")
 
     def _attached(self) -> list[AttachedModel]:
         if not self._parts:

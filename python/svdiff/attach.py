@@ -129,7 +129,7 @@ def load(
         paths = {checkpoint.model_path(p, possible) for file in of_role for p in file.deltas}
         chosen[role] = {p: module for p, module in possible.items() if p in paths}
         one_dim = _one_dim_of(of_role, possible)
-        layouts[role] = layout_of(chosen[role], rank=_rank_of(of_role[0]), one_dim=one_dim, base_model=base_model)
+        layouts[role] = layout_of(chosen[role], rank=of_role[0].rank, one_dim=one_dim, base_model=base_model)
     deltas = {  # before decomposing for nothing
         name: {role: file.for_layout(layouts[role]) for role, file in files.items()} for name, files in adapters.items()
     }
@@ -216,13 +216,6 @@ def _check_plain(model: nn.Module) -> None:
             raise SVDiffError(f"{type(model).__name__} has spectral layers already ({path}): unload its adapter first")
         if hasattr(module, "base_layer"):
             raise SVDiffError(f"{type(model).__name__} has PEFT layers ({path}): merge or unload them first")
-
-
-def _rank_of(file: DeltaFile) -> int | None:
-    rank = file.metadata.get("rank", "full")
-    if rank != "full" and not (rank.isdecimal() and int(rank) > 0):
-        raise SVDiffError(f"{file.path}: its metadata gives rank {rank!r}")
-    return None if rank == "full" else int(rank)
 
 
 def _one_dim_of(files: Sequence[DeltaFile], possible: Mapping[str, nn.Module]) -> OneDim:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -94,6 +95,7 @@ class AttachedModel:
         self._originals = dict(modules)
         self._layers: dict[str, Any] = {}
         self._tickets: dict[str, Ticket] = {}
+        self._fused: dict[str, nn.Module] = {}
         self._factors_of, self._lot = factors_of, lot
         self._holders = Counter(id(p) for module in model.modules() for p in module._parameters.values())
         self._requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -106,10 +108,38 @@ class AttachedModel:
             self._restore()
             raise
 
+    @torch.no_grad()
+    def fuse(self) -> None:
+        """Put plain layers in, whose weights are those of the present mix: the original's, and the shift in fp32."""
+        plain: dict[int, nn.Module] = {}
+        sizes = {path: layer.rank * math.prod(layer.weight.shape) for path, layer in self._layers.items()}
+        with arithmetic_bar(sum(sizes.values()), "Fusing", delay=3) as bar:
+            for path, layer in self._layers.items():
+                plain[id(layer)] = layer.merge(self._original_weight(path))
+                bar.advance(sizes[path])
+        self._swap(plain)
+        self._fused = {path: plain[id(layer)] for path, layer in self._layers.items()}
+
+    def unfuse(self) -> None:
+        """Put the spectral layers back, just as they were (cast and moved, if the model has been since)."""
+        for path, plain in self._fused.items():
+            like = weight_of(plain)
+            self._layers[path].to(like.device, like.dtype).train(plain.training)
+        self._swap({id(plain): self._layers[path] for path, plain in self._fused.items()})
+        self._fused = {}
+
     def detach(self) -> None:
         """Put the original layers back, with their weights to the bit (cast, if the model has been cast since)."""
+        self.unfuse()
         self.bank.release()
         self._restore()
+
+    def singular_values(self, adapter: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of every matrix its singular values and an adapter's shifts of them, each ``[r]``, on the CPU."""
+        deltas = self.bank.delta_dict(adapter)
+        for path, layer in self._layers.items():
+            if not layer.one_dim:
+                yield layer.sigma.cpu(), deltas[path].cpu()
 
     def _make_layers(self, form: str, sigmas_of: SigmasOf) -> None:
         made: dict[str, Any] = {}
@@ -163,15 +193,19 @@ class AttachedModel:
                 if id(child) in substitutes:
                     parent._modules[name] = substitutes[id(child)]
 
+    def _original_weight(self, path: str) -> Tensor:
+        """Wherever it is; on the layer's device and in its dtype, which follow the model's."""
+        layer, ticket = self._layers[path], self._tickets.get(path)
+        base = getattr(layer, "base", None)
+        held = weight_of(self._originals[path]).data if base is None else base
+        content: Tensor = held if ticket is None else self._lot.fetch(ticket)
+        return content.to(layer.weight.device, layer.weight.dtype)
+
     def _restore(self) -> None:
         self._swap({id(layer): self._originals[path] for path, layer in self._layers.items()})
         for path, layer in self._layers.items():
             original = self._originals[path]
-            weight = weight_of(original)
-            like: Any = layer.weight  # for its device and dtype, which follow the model's
-            ticket, base = self._tickets.get(path), getattr(layer, "base", None)
-            content = weight.data if base is None else base
-            weight.data = (content if ticket is None else self._lot.fetch(ticket)).to(like.device, like.dtype)
+            weight_of(original).data = self._original_weight(path)
             if layer.bias is not None:
                 original.bias.data = layer.bias.data
             original.train(layer.training)

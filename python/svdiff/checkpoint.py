@@ -45,7 +45,7 @@ class Layout:
 
     Attributes:
         shapes: module path -> shape of its delta.
-        hashes: module path -> content hash of its frozen weight.
+        hashes: module path -> content hash of its frozen weight; empty if not known.
         rank: how many singular values of each weight are trained at most; None for all.
         one_dim: "vector", "scalar" or "none".
         base_model: where the model came from, for people to read.
@@ -65,6 +65,18 @@ class DeltaFile:
     path: Path
     deltas: dict[str, Tensor]
     metadata: dict[str, str]
+
+    @property
+    def rank(self) -> int | None:
+        """How many singular values of each weight it shifts at most; None for all.
+
+        Raises:
+            SVDiffError: its metadata says nonsense.
+        """
+        rank = self.metadata.get("rank", "full")
+        if rank != "full" and not (rank.isdecimal() and int(rank) > 0):
+            raise SVDiffError(f"{self.path}: its metadata gives rank {rank!r}")
+        return None if rank == "full" else int(rank)
 
     def for_layout(self, layout: Layout) -> dict[str, Tensor]:
         """The shifts by module path of a model, which they are checked against.
@@ -166,25 +178,23 @@ def common_layout(files: Sequence[DeltaFile]) -> Layout:
     first = files[0]
     shapes: dict[str, torch.Size] = {}
     hashes: dict[str, str] = {}
+    said: dict[str, str] = {}
     for file in files:
         for name in ("rank", "one_dim", "conv_reshape"):
-            one, other = first.metadata.get(name), file.metadata.get(name)
-            if one is not None and other is not None and one != other:
-                raise SVDiffError(f"{first.path} has {name} {one}, {file.path} {other}: they cannot be combined")
+            value = file.metadata.get(name)
+            if value is None or (name, value) == ("one_dim", "none"):  # it has no layers of which it could be wrong
+                continue
+            if said.setdefault(name, value) != value:
+                raise SVDiffError(f"{file.path} has {name} {value}, others have {said[name]}: they cannot be combined")
         known = file.base_hashes()
         for path, delta in file.deltas.items():
             if shapes.setdefault(path, delta.shape) != delta.shape or (
                 path in known and hashes.setdefault(path, known[path]) != known[path]
             ):
                 raise SVDiffError(f"{first.path} and {file.path} are for different bases: {path} differs")
-    rank = first.metadata.get("rank", "full")
-    return Layout(
-        shapes,
-        hashes,
-        None if rank == "full" else int(rank),
-        first.metadata.get("one_dim", "vector"),
-        first.metadata.get("base_model", ""),
-    )
+    if len(hashes) < len(shapes):
+        hashes = {}  # of some files nobody knows
+    return Layout(shapes, hashes, first.rank, said.get("one_dim", "none"), first.metadata.get("base_model", ""))
 
 
 def encode(deltas: Mapping[str, Tensor], layout: Layout, parts: Iterable[str], extra: Mapping[str, object]) -> Content:
@@ -207,7 +217,7 @@ def encode(deltas: Mapping[str, Tensor], layout: Layout, parts: Iterable[str], e
         "library_version": __version__,
         "base_model": layout.base_model,
         # In the order of the sorted keys; whole hashes would make up half of a small model's file.
-        "base_hashes": " ".join(layout.hashes[named[name]][:_HASH_DIGITS] for name in sorted(named)),
+        "base_hashes": " ".join(layout.hashes[named[name]][:_HASH_DIGITS] for name in sorted(named) if layout.hashes),
         "rank": "full" if layout.rank is None else str(layout.rank),
         "one_dim": layout.one_dim,
         "conv_reshape": "co,ci*kh*kw",

@@ -34,6 +34,14 @@ class Command:
 COMMANDS = {
     "train": Command("teach a model a subject from a few pictures", "svdiff.train", "TrainConfig", "train"),
     "generate": Command("make pictures, with or without shifts", "svdiff.generate", "GenerateConfig", "generate"),
+    "edit": Command("change one picture by words", "svdiff.edit", "EditConfig", "edit"),
+    "combine": Command(
+        "make shifts of shifts: add, scale, interpolate, mix by layers",
+        "svdiff.combine",
+        "CombineConfig",
+        "combine",
+        ("operation",),
+    ),
     "demo": Command("the whole job in minutes on the built-in miniature model", "svdiff.demo", "DemoConfig", "demo"),
     "bench": Command("measure against what else could be used", "svdiff.bench", "BenchConfig", "bench", ("level",)),
     "cache": Command(

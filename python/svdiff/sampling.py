@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 
+from .latents import decoding_in_its_own_precision
 from .progress import progress_options
 from .termination import exit_if_told
+
+if TYPE_CHECKING:
+    from .adapter import Adapter
 
 
 def sample(
@@ -25,6 +28,8 @@ def sample(
     guidance_scale: float | None,
     resolution: tuple[int, int],
     negative_prompt: str | None = None,
+    adapter: Adapter | None = None,
+    mixes: Sequence[Mapping[str, float]] = (),
 ) -> Iterator[Image.Image]:
     """One picture per prompt, in order; a picture depends on its prompt and seed, not on its neighbours.
 
@@ -37,6 +42,8 @@ def sample(
         guidance_scale: of classifier-free guidance, 1 is none; None for what the pipeline takes.
         resolution: height and width in pixels.
         negative_prompt: what not to draw, in all pictures.
+        adapter: of the pipeline, if each picture is to have its own of `mixes`.
+        mixes: one per prompt.
     """
     total = len(prompts)
     how: dict[str, Any] = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
@@ -48,7 +55,9 @@ def sample(
         )
         if negative_prompt is not None:
             how["negative_prompt"] = [negative_prompt] * len(part)
-        with _decoding_in_its_own_precision(pipeline.vae):
+        if adapter is not None:
+            adapter.set_adapters_per_sample(mixes[start : start + batch_size])
+        with decoding_in_its_own_precision(pipeline.vae):
             images = pipeline(
                 part,
                 height=resolution[0],
@@ -58,22 +67,6 @@ def sample(
                 **how,
             ).images
         yield from images
-
-
-@contextmanager
-def _decoding_in_its_own_precision(vae: Any) -> Iterator[None]:
-    """Some VAEs overflow in half precision, which denoisers do not mind."""
-    decode = vae.decode
-
-    def exactly(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(latents.device.type, enabled=False):
-            return decode(latents.to(vae.dtype), *args, **kwargs)
-
-    vae.decode = exactly
-    try:
-        yield
-    finally:
-        del vae.decode
 
 
 def grid(images: Sequence[Image.Image], columns: int) -> Image.Image:

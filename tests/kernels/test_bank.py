@@ -477,6 +477,27 @@ def test_an_adapter_that_acts_can_be_loaded_anew() -> None:
     torch.testing.assert_close(alone(net, bank, {"ink": 0.5}, x), before)
 
 
+def test_adapters_come_and_go_within_a_call() -> None:
+    net, bank, _, _ = make()
+    add(bank, "ink")
+    add(bank, "dog")
+    bank.set_mix([{"ink": 1.0}, {"default": 1.0}])
+    x = torch.randn(4, 5, 9, 8)  # both samples twice
+    expected = net(x)
+    came = []
+
+    def meanwhile(module: nn.Module, args: Any, output: Tensor) -> None:
+        bank.remove("dog")
+        add(bank, "new")
+        came.append(bank.names)
+
+    hook = net.conv.register_forward_hook(meanwhile)
+    torch.testing.assert_close(net(x), expected, rtol=0, atol=0)
+    hook.remove()
+    assert came == [("default", "ink", "new")]
+    torch.testing.assert_close(net(x), expected, rtol=0, atol=0)
+
+
 def test_switching_between_many_adapters_keeps_the_slots() -> None:
     net, bank, _x, _ = make()
     names = [f"a{i}" for i in range(20)]

@@ -447,6 +447,71 @@ def test_adapters_switch_mix_and_go(unet: Any, tmp_path: Path) -> None:
         adapter.delete_adapters("default")
 
 
+@pytest.mark.parametrize("form", ["factored", "residual", "recomposed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fusing_gives_a_plain_model_and_unfusing_takes_it_back(form: Any, dtype: torch.dtype) -> None:
+    unet = tiny_unet().to(dtype)
+    before = snapshot(unet)
+    layers = {path: type(module) for path, module in unet.named_modules()}
+    adapter = svdiff.attach(unet, form=form, one_dim="scalar")
+    adapter.set_adapters([])
+    adapter.fuse()
+    fused = unet.state_dict()
+    for key, value in before.items():
+        assert torch.equal(fused[key], value), key  # no shift: the original to the bit
+    zero = output(unet)
+    adapter.unfuse()
+    shift(adapter)
+    adapter.set_adapters("default", 1.5)
+    expected = output(unet)
+    adapter.fuse()
+    assert {path: type(m) for path, m in unet.named_modules() if "spectral" not in path} == layers
+    error = (output(unet) - expected).norm() / expected.norm()
+    assert error <= (1e-5 if dtype == torch.float32 else 0.02)
+    assert (output(unet) - zero).norm() / zero.norm() > 0.05
+    for forbidden in (
+        lambda: adapter.set_adapters([]),
+        lambda: adapter.load_deltas({}),
+        lambda: adapter.delete_adapters("default"),
+        lambda: adapter.set_adapters_per_sample([{}]),
+        lambda: adapter.mixed({}).__enter__(),
+        adapter.param_groups,
+        adapter.fuse,
+    ):
+        with pytest.raises(SVDiffError, match="unfuse it first"):
+            forbidden()
+    adapter.unfuse()
+    assert torch.equal(output(unet), expected)
+    with pytest.raises(SVDiffError, match="nothing is fused"):
+        adapter.unfuse()
+    adapter.fuse()
+    adapter.unload()
+    assert_unchanged(unet, before)
+
+
+def test_a_fused_model_can_be_cast_and_comes_back(unet: Any) -> None:
+    adapter = svdiff.attach(unet)
+    shift(adapter)
+    expected = output(unet)
+    adapter.fuse()
+    unet.to(torch.float64)
+    adapter.unfuse()
+    assert all(p.dtype != torch.float32 for n, p in unet.named_parameters())
+    x, t, context = (v.double() if v.is_floating_point() else v for v in unet_inputs())
+    with torch.no_grad():
+        torch.testing.assert_close(unet(x, t, context).sample.float(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_mixes_of_prompts_cannot_be_fused(unet: Any) -> None:
+    adapter = svdiff.attach(unet)
+    shift(adapter)
+    adapter.set_adapters_per_sample([{"default": 1.0}, {}])
+    with pytest.raises(SVDiffError, match="mixes of their own"):
+        adapter.fuse()
+    adapter.set_adapters_per_sample([{"default": 1.0}, {"default": 1.0}])
+    adapter.fuse()
+
+
 def test_a_transformer_denoiser() -> None:
     from diffusers import DiTTransformer2DModel
 

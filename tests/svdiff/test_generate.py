@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -66,14 +67,88 @@ def test_shifts_act_by_their_weight(config: GenerateConfig, trained: Path, tmp_p
         return pixels(generate(replace(config, output_dir=str(tmp_path / name), **changes)).pictures[0])
 
     base = draw("base")
-    shifted = draw("shifted", spectral_shifts_ckpt=str(trained))
+    shifted = draw("shifted", spectral_shifts_ckpt=[str(trained)])
     assert np.abs(shifted - base).max() > 5
-    assert np.abs(draw("none", spectral_shifts_ckpt=str(trained), spectral_shifts_scale=0.0) - base).max() <= 1
-    half = draw("half", spectral_shifts_ckpt=str(trained), spectral_shifts_scale=0.5)
+    assert np.abs(draw("none", spectral_shifts_ckpt=[str(trained)], spectral_shifts_scale=0.0) - base).max() <= 1
+    half = draw("half", spectral_shifts_ckpt=[str(trained)], spectral_shifts_scale=0.5)
     assert np.abs(half - base).max() > 1
     assert np.abs(half - shifted).max() > 1
-    bf16 = draw("bf16", spectral_shifts_ckpt=str(trained), dtype="bf16")
+    bf16 = draw("bf16", spectral_shifts_ckpt=[str(trained)], dtype="bf16")
     assert np.abs(bf16 - shifted).mean() < np.abs(base - shifted).mean()
+
+
+@pytest.fixture
+def two(trained: Path, base: Path, tmp_path: Path) -> list[str]:
+    """Shifts called ``shifts`` and ``ink``."""
+    adapter = svdiff.attach(load_pipeline(str(base)))
+    for group in adapter.param_groups():
+        for parameter in group["params"]:
+            nn.init.normal_(parameter, std=0.3)
+    adapter.save_weights(tmp_path / "other")
+    return [str(trained), f"ink={tmp_path / 'other'}"]
+
+
+def test_every_prompt_has_its_mix(config: GenerateConfig, two: list[str], tmp_path: Path) -> None:
+    mixes = ["shifts", "", "ink:0.5, shifts:-0.5"]
+    many = replace(config, prompt=["a dog"] * 3, num_images_per_prompt=2, batch_size=4, spectral_shifts_ckpt=two)
+    together = generate(replace(many, mix=mixes)).pictures
+    found = []
+    for i, mix in enumerate(mixes):
+        alone = replace(config, num_images_per_prompt=2, seed=2 * i, spectral_shifts_ckpt=two, mix=[mix])
+        found += generate(replace(alone, output_dir=str(tmp_path / f"alone {i}"))).pictures
+    for one, other in zip(together, found, strict=True):
+        assert np.abs(pixels(one) - pixels(other)).max() <= 1
+    again = replace(many, output_dir=str(tmp_path / "one mix"), mix=mixes[2:])
+    same = generate(again).pictures
+    assert np.abs(pixels(same[4]) - pixels(together[4])).max() <= 1
+    assert np.abs(pixels(same[0]) - pixels(together[0])).max() > 5
+
+
+def test_one_mix_for_much_work_is_fused(
+    config: GenerateConfig, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused = []
+    fuse = svdiff.Adapter.fuse
+    monkeypatch.setattr(svdiff.Adapter, "fuse", lambda adapter: fused.append(1) or fuse(adapter))
+    config = replace(config, spectral_shifts_ckpt=[str(trained)])
+    factored = generate(config).pictures[0]
+    assert not fused
+    module = importlib.import_module("svdiff.generate")
+    work = 3 * (RESOLUTION // 2) ** 2
+    monkeypatch.setattr(module, "FUSED_FROM", work)
+    generate(replace(config, form="factored", output_dir=str(tmp_path / "asked")))
+    assert not fused
+    whole = generate(replace(config, output_dir=str(tmp_path / "fused"))).pictures[0]
+    assert len(fused) == 1
+    assert np.abs(pixels(whole) - pixels(factored)).max() <= 1
+    monkeypatch.setattr(module, "FUSED_FROM", work + 1)
+    generate(replace(config, output_dir=str(tmp_path / "too little")))
+    assert len(fused) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"spectral_shifts_ckpt": ["{0}", "{1}"]}, "mix is missing: how much of shifts, ink"),
+        ({"mix": ["dog"]}, "mix needs spectral_shifts_ckpt"),
+        ({"spectral_shifts_ckpt": ["{0}"], "mix": ["dog"]}, "no adapter 'dog', only shifts"),
+        ({"spectral_shifts_ckpt": ["{0}"], "mix": ["shifts:much"]}, "'much' is no weight"),
+        ({"spectral_shifts_ckpt": ["{0}"], "mix": ["shifts:inf"]}, "'inf' is no weight"),
+        ({"spectral_shifts_ckpt": ["{0}"], "mix": ["shifts,shifts:2"]}, "names 'shifts' twice"),
+        ({"spectral_shifts_ckpt": ["{0}"], "mix": ["shifts", ""]}, "mix: 2 for 1 prompts"),
+        ({"spectral_shifts_ckpt": ["{0}"], "mix": ["shifts"], "spectral_shifts_scale": 0.5}, "exclude each other"),
+        ({"spectral_shifts_ckpt": ["{0}", "{0}"]}, "two adapters are called 'shifts'"),
+        ({"spectral_shifts_ckpt": ["a:b={0}"]}, "given as name=path"),
+        ({"spectral_shifts_ckpt": ["={0}"]}, "given as name=path"),
+    ],
+)
+def test_a_mix_that_makes_no_sense(
+    config: GenerateConfig, two: list[str], changes: dict[str, Any], message: str
+) -> None:
+    paths = [text.format(*two) for text in changes.pop("spectral_shifts_ckpt", [])]
+    with pytest.raises(SVDiffError, match=message):
+        generate(replace(config, spectral_shifts_ckpt=paths, **changes))
+    assert not Path(config.output_dir).exists()
 
 
 def test_size_and_negative_prompt(config: GenerateConfig) -> None:
@@ -99,7 +174,7 @@ def test_schedulers(pipeline: Any, scheduler_type: str) -> None:
         ({"height": 17}, "resolution 17"),
         ({"device": "abacus"}, "abacus"),
         ({"dtype": "fp12"}, "fp12"),
-        ({"spectral_shifts_ckpt": "/nowhere"}, "nowhere"),
+        ({"spectral_shifts_ckpt": ["/nowhere"]}, "nowhere"),
         ({"pretrained_model_name_or_path": " "}, "empty"),
     ],
 )

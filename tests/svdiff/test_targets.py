@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from svdiff.targets import select
+from svdiff.targets import layer_weights, matching, select
 from torch import nn
 
 from svdiff_kernels import SVDiffError
@@ -79,3 +79,34 @@ def test_embeddings_only_on_request() -> None:
     model = nn.ModuleDict({"words": nn.Embedding(7, 3), "out": nn.Linear(3, 5)})
     assert select(model).keys() == {"out"}
     assert select(model, embeddings=True).keys() == {"words", "out"}
+
+
+def test_levels_are_the_blocks_of_one_resolution() -> None:
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(cross_attention_dim=768)
+    paths, found = list(select(unet)), {}
+    for level in range(4):
+        found[level] = matching(f"level{level}", paths, "layers")
+    assert {path.split(".")[0] for path in found[0]} == {
+        "down_blocks", "up_blocks", "conv_in", "conv_norm_out", "conv_out",
+    }  # fmt: skip
+    for level, blocks in found.items():
+        assert {path.split(".")[1] for path in blocks if path.startswith("down")} == {str(level)}
+        assert {path.split(".")[1] for path in blocks if path.startswith("up")} == {str(3 - level)}
+    assert any(path.startswith("mid_block") for path in found[3])
+    rest = set(paths).difference(*found.values())
+    assert {path.split(".")[0] for path in rest} == {"time_embedding"}
+    with pytest.raises(SVDiffError, match="no level4: the adapted layers have level0 to level3"):
+        matching("level4", paths, "layers")
+    with pytest.raises(SVDiffError, match="no level0: the adapted layers have no levels"):
+        matching("level0", ["blocks.0.to_q"], "layers")
+
+
+def test_the_last_group_that_matches_gives_the_weight() -> None:
+    paths = ["up_blocks.0.attn2.to_q", "up_blocks.0.conv", "mid_block.conv"]
+    assert layer_weights({"up": 0.5, "cross_attn": 2}, paths) == dict(zip(paths, (2.0, 0.5, 1.0), strict=True))
+    assert layer_weights({"cross_attn": 2, "all": 0}, paths) == dict.fromkeys(paths, 0.0)
+    with pytest.raises(SVDiffError, match="'down' matches no adapted layer"):
+        layer_weights({"down": 1}, paths)

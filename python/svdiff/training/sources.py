@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..latents import encode
 from ..processes import share
 from ..progress import progress_bar
 from .data import Cut, Half, Loaded, Size, cut, half, leaves_no_choice
@@ -127,17 +128,10 @@ class Latents:
             return half(picture, piece.size, piece.half)
         return cut(picture, piece.size, center=self._center_crop, flip=piece.flip, rng=rng)
 
-    @torch.no_grad()
     def _encode(self, cuts: Sequence[Cut]) -> Encoded:
-        vae, device = self._vae, self._vae.device
-        encoded = vae.encode(torch.stack([one.pixels for one in cuts]).to(device, vae.dtype))
-        if hasattr(encoded, "latent_dist"):
-            mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
-        else:
-            mean, std = encoded.latents, torch.zeros_like(encoded.latents)
-        shift, factor = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
-        sizes = torch.tensor([[*one.original, *one.corner, *one.pixels.shape[1:]] for one in cuts], device=device)
-        return Encoded(((mean - shift) * factor).float(), (std * factor).float(), sizes)
+        mean, std = encode(self._vae, torch.stack([one.pixels for one in cuts]))
+        sizes = [[*one.original, *one.corner, *one.pixels.shape[1:]] for one in cuts]
+        return Encoded(mean, std, torch.tensor(sizes, device=mean.device))
 
 
 class Captions:

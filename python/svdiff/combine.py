@@ -1,0 +1,218 @@
+"""svdiff combine: delta files made of delta files: scaled, added, interpolated, mixed layer by layer (SVDiff, 3.4)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from svdiff_kernels import FactorCache, SVDiffError
+
+from . import checkpoint
+from .adapter import Clamped
+from .attach import load
+from .checkpoint import DeltaFile
+from .outputs import run_directory, write_run_file
+from .pipelines import load_pipeline
+from .targets import matching
+
+Operation = Literal["add", "scale", "subtract", "average", "interpolate", "style_mix"]
+Shares = Callable[[str, Collection[str]], Mapping[str, Sequence[float]]]
+"""Of a part of the pipeline and its module paths: how much of each input goes into each module."""
+
+
+@dataclass
+class CombineConfig:
+    """Settings of `combine`; each is a flag of ``svdiff combine``."""
+
+    spectral_shifts_ckpt: list[str] = field(metadata={"help": "folders or files with trained shifts, one or more"})
+    operation: Operation = field(
+        default="add",
+        metadata={
+            "help": "add or scale: the weighted sum; subtract: all others from the first; average: the weighted mean; "
+            "interpolate: a path from the first to the second; style_mix: each layer from one of them"
+        },
+    )
+    weights: list[float] | None = field(default=None, metadata={"help": "one for each; default: 1"})
+    steps: int = field(default=5, metadata={"help": "points of the path of interpolate, both ends included"})
+    layers: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "of style_mix, for each but the first: which layers are its own, such as up,cross_attn,level0,"
+            "text_encoder, or a regular expression of paths"
+        },
+    )
+    output_dir: str = field(default="outputs/combine", metadata={"help": "a new folder for the result"})
+    overwrite: bool = field(default=False, metadata={"help": "replace an earlier run in output_dir"})
+    pretrained_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "the base: count the singular values that the result would clamp at zero"}
+    )
+    svd_cache_dir: str | None = field(
+        default=None, metadata={"help": "where decompositions are kept; default: $SVDIFF_CACHE or the user's cache"}
+    )
+
+
+@dataclass(frozen=True)
+class CombineResult:
+    """What `combine` made.
+
+    Attributes:
+        folders: with delta files; several of a path.
+        clamped: of each of them, if the base was given.
+    """
+
+    folders: list[Path]
+    clamped: list[Clamped]
+
+    def __str__(self) -> str:
+        told = [
+            f"{folder}: {one.count:,} of {one.total:,} singular values are clamped at zero, "
+            f"{one.lost:.2%} of what the shifts would move"
+            for folder, one in zip(self.folders, self.clamped, strict=False)
+        ]
+        return "\n".join(told or map(str, self.folders))
+
+
+def combine(config: CombineConfig) -> CombineResult:
+    """Make delta files of delta files, with the recipe in their metadata.
+
+    A module that an input does not have is one that it does not shift.
+
+    Raises:
+        SVDiffError: settings that make no sense, a file that cannot be read, or files for different bases. No folder is
+            made then.
+    """
+    recipes = _recipes(config)
+    inputs = [checkpoint.read_all(path) for path in config.spectral_shifts_ckpt]
+    roles = [role for role in checkpoint.FILE_NAMES if any(role in files for files in inputs)]
+    layouts = {role: checkpoint.common_layout([files[role] for files in inputs if role in files]) for role in roles}
+    origins = [_origin(path, files.values()) for path, files in zip(config.spectral_shifts_ckpt, inputs, strict=True)]
+    with run_directory(config.output_dir, overwrite=config.overwrite) as staging:
+        for name, shares_of in recipes.items():
+            content = {}
+            for role, layout in layouts.items():
+                shares = shares_of(role, layout.shapes)
+                deltas = blend([files[role].deltas if role in files else {} for files in inputs], layout.shapes, shares)
+                recipe = {"operation": config.operation, "inputs": origins, "weights": _summary(shares)}
+                file = staging / name / checkpoint.FILE_NAMES[role]
+                content[file] = checkpoint.encode(deltas, layout, roles, {"recipe": recipe})
+            checkpoint.write(content)
+        clamped = _clamped(config, [staging / name for name in recipes])
+        told = {"clamped": [asdict(one) for one in clamped]} if clamped else {}
+        write_run_file(staging, "combine", asdict(config), folders=list(recipes), **told)
+    return CombineResult([Path(config.output_dir) / name for name in recipes], clamped)
+
+
+def blend(
+    inputs: Sequence[Mapping[str, Tensor]], shapes: Mapping[str, torch.Size], shares: Mapping[str, Sequence[float]]
+) -> dict[str, Tensor]:
+    """For each module ``sum of share * delta`` over the inputs, summed in fp64.
+
+    Args:
+        inputs: deltas by module path; one that is not there is zero.
+        shapes: of the modules of the result.
+        shares: of each module, one number per input.
+    """
+    blended = {}
+    for path, shape in shapes.items():
+        total = torch.zeros(shape, dtype=torch.float64)
+        for deltas, share in zip(inputs, shares[path], strict=True):
+            if path in deltas and share:
+                total += share * deltas[path].double()
+        blended[path] = total.float()
+    return blended
+
+
+def _recipes(config: CombineConfig) -> dict[str, Shares]:
+    """By folder, how much of each input goes into a module."""
+    operation, count = config.operation, len(config.spectral_shifts_ckpt)
+    weights = config.weights if config.weights is not None else [1.0] * count
+    _check(config, weights)
+    if operation == "interpolate":
+        path = [i / (config.steps - 1) for i in range(config.steps)]
+        return {f"step_{i:02d}": _everywhere([1 - t, t]) for i, t in enumerate(path)}
+    if operation == "style_mix":
+        return {"": _by_layer(weights, [expressions.split(",") for expressions in config.layers or []])}
+    if operation == "subtract":
+        weights = [weights[0], *(-weight for weight in weights[1:])]
+    if operation == "average":
+        weights = [weight / sum(weights) for weight in weights]
+    return {"": _everywhere(weights)}
+
+
+def _check(config: CombineConfig, weights: Sequence[float]) -> None:
+    operation, count = config.operation, len(config.spectral_shifts_ckpt)
+    if operation not in get_args(Operation):
+        raise SVDiffError(f"operation {operation!r} is not one of {', '.join(get_args(Operation))}")
+    least, most = {"add": (1, count), "scale": (1, 1), "interpolate": (2, 2)}.get(operation, (2, count))
+    if not least <= count <= most:
+        wanted = f"{least}" if least == most else f"{least} or more"
+        raise SVDiffError(f"operation {operation} takes {wanted} of spectral_shifts_ckpt, not {count}")
+    if len(weights) != count:
+        raise SVDiffError(f"weights: {len(weights)} numbers for {count} of spectral_shifts_ckpt")
+    if not all(map(math.isfinite, weights)):
+        raise SVDiffError(f"weights: {weights} are not all finite")
+    if operation == "average" and not sum(weights):
+        raise SVDiffError("weights of an average must not add up to 0")
+    if operation == "interpolate" and config.weights is not None:
+        raise SVDiffError("interpolate goes from the first to the second: it takes steps, no weights")
+    if operation == "interpolate" and config.steps < 2:
+        raise SVDiffError(f"steps must be at least 2, not {config.steps}")
+    expected = count - 1 if operation == "style_mix" else 0
+    if len(config.layers or []) != expected:
+        raise SVDiffError(f"layers: {len(config.layers or [])} expressions; {operation} of {count} takes {expected}")
+
+
+def _everywhere(shares: Sequence[float]) -> Shares:
+    return lambda role, paths: dict.fromkeys(paths, shares)
+
+
+def _by_layer(weights: Sequence[float], groups: Sequence[Sequence[str]]) -> Shares:
+    """All of the last input to whose groups a layer belongs; of the first where it belongs to none."""
+
+    def shares(role: str, paths: Collection[str]) -> dict[str, list[float]]:
+        owner = dict.fromkeys(paths, 0)
+        for i, expressions in enumerate(groups, start=1):
+            for expression in expressions:
+                if expression in checkpoint.FILE_NAMES:
+                    owner |= dict.fromkeys(paths if expression == role else (), i)
+                elif role == "denoiser":
+                    found = matching(expression, paths, "layers")
+                    if not found:
+                        raise SVDiffError(f"layers {expression!r} matches no layer of these files")
+                    owner |= dict.fromkeys(found, i)
+        return {path: [weight if i == own else 0.0 for i, weight in enumerate(weights)] for path, own in owner.items()}
+
+    return shares
+
+
+def _summary(shares: Mapping[str, Sequence[float]]) -> list[dict[str, object]]:
+    """For people to read: which weights, and in how many modules."""
+    return [{"weights": list(one), "modules": count} for one, count in Counter(map(tuple, shares.values())).items()]
+
+
+def _origin(path: str, files: Iterable[DeltaFile]) -> dict[str, str]:
+    """Which file went in: its name, since folders are private, and what it held."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.path.read_bytes())
+    return {"name": Path(path).absolute().name, "sha256": digest.hexdigest()}
+
+
+def _clamped(config: CombineConfig, folders: Sequence[Path]) -> list[Clamped]:
+    if config.pretrained_model_name_or_path is None:
+        return []
+    pipeline = load_pipeline(config.pretrained_model_name_or_path)
+    adapter = load(pipeline, folders[0], cache=FactorCache(config.svd_cache_dir), lazy=True)
+    found = []
+    for folder in folders:
+        adapter.load_weights(folder)
+        found.append(adapter.clamped())
+    return found

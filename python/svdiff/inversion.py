@@ -1,0 +1,71 @@
+"""DDIM inversion: the noise from which a deterministic sampler would draw a given picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svdiff_kernels import SVDiffError
+
+from .progress import progress_options
+
+
+def invert(
+    pipeline: Any,
+    latents: Tensor,
+    prompts: Sequence[str],
+    *,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 1.0,
+) -> Tensor:
+    """Follow the DDIM sampler backwards, from pictures to noise (Song et al., arXiv 2010.02502, equation 13).
+
+    The pipeline's scheduler is not touched.
+
+    Args:
+        pipeline: Stable Diffusion 1.x, 2.x or XL.
+        latents: of pictures, ``[B, C, h, w]``; see `latents.encode`.
+        prompts: one for each. CoSINE takes those of what is to be drawn.
+        num_inference_steps: of the sampler.
+        guidance_scale: 1, without guidance, is what can be undone best.
+
+    Returns:
+        Noise ``[B, C, h, w]``, from which DDIM in as many steps draws the pictures again, or nearly so.
+
+    Raises:
+        SVDiffError: the model flows along straight lines, for which there is no such sampler.
+    """
+    check_invertible(pipeline)
+    from diffusers import DDIMInverseScheduler
+
+    kept, factor = pipeline.scheduler, pipeline.vae_scale_factor
+    settings = dict(kept.config)
+    if settings.get("timestep_spacing") not in ("leading", "trailing"):
+        settings["timestep_spacing"] = "leading"
+    pipeline.set_progress_bar_config(desc="Inverting", leave=False, **progress_options())
+    pipeline.scheduler = DDIMInverseScheduler.from_config(settings, clip_sample=False)
+    try:
+        with torch.no_grad():
+            noise: Tensor = pipeline(
+                list(prompts),
+                latents=latents.to(pipeline.device, pipeline.unet.dtype),
+                height=latents.shape[2] * factor,
+                width=latents.shape[3] * factor,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                output_type="latent",
+            ).images
+    finally:
+        pipeline.scheduler = kept
+    return noise
+
+
+def check_invertible(pipeline: Any) -> None:
+    """Raises SVDiffError if the pipeline has no DDIM sampler to follow back."""
+    if not hasattr(pipeline, "unet") or type(pipeline.scheduler).__name__.startswith("FlowMatch"):
+        raise SVDiffError(
+            f"a {type(pipeline).__name__} cannot be inverted by DDIM: start from the image, or from noise"
+        )
