@@ -19,7 +19,7 @@ demo: $(READY) ## teach the miniature model a new subject from four pictures; se
 
 # What measures time and memory runs alone, after the others; of those, two files run at a time, each on one core.
 # Both parts run whatever becomes of the first.
-TOGETHER := tests/kernels/triton tests/kernels/cuda tests/svdiff tests/miniature
+TOGETHER := tests/kernels/triton tests/kernels/cuda tests/svdiff tests/miniature tests/examples
 test: $(READY) ## all tests, the slow ones included
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TOGETHER) -n 2 --dist loadfile --benchmark-disable; together=$$?; \
 	$(BIN)/python -m pytest tests $(TOGETHER:%=--ignore=%) && exit $$together
