@@ -142,8 +142,8 @@ def _run(contender: Contender, seed: int, subjects: Sequence[str] | None = None)
     task = Task(tuple(subjects), seed, _PICTURES)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        config = _config(contender, task, folder)
-        _draw_class_pictures(config, task, folder / "class_images")  # which takes memory that training does not
+        config = config_of(task, folder, **contender.settings)
+        draw_class_pictures(config, task, folder / "class_images")  # which takes memory that training does not
         resident.forget_peak()
         result = svdiff.train(config)
         figures: dict[str, Any] = {
@@ -165,7 +165,8 @@ def _run(contender: Contender, seed: int, subjects: Sequence[str] | None = None)
     return figures
 
 
-def _config(contender: Contender, task: Task, folder: Path) -> TrainConfig:
+def config_of(task: Task, folder: Path, **settings: Any) -> TrainConfig:
+    """How a task is taught: its pictures are written into the folder, and `settings` are beside what all share."""
     prompts = task.class_prompts()
     concepts = []
     for subject in task.subjects:
@@ -200,10 +201,11 @@ def _config(contender: Contender, task: Task, folder: Path) -> TrainConfig:
         "seed": task.seed,
         "report_to": "none",
     }
-    return TrainConfig(**{**shared, **contender.settings})
+    return TrainConfig(**{**shared, **settings})
 
 
-def _draw_class_pictures(config: TrainConfig, task: Task, folder: Path) -> None:
+def draw_class_pictures(config: TrainConfig, task: Task, folder: Path) -> None:
+    """Those of the task's class prompts, as the base model draws them."""
     pipeline = load_pipeline()
     set_scheduler(pipeline, "dpm++")
     class_pictures(

@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL.Image import Image
@@ -62,8 +63,11 @@ def agreement(pipeline: StableDiffusionPipeline, objects: int, prompts: int = 20
     return sum(recogniser.agrees(image, scene) for image, scene in zip(images, scenes, strict=True)) / prompts
 
 
-def draw(pipeline: StableDiffusionPipeline, prompts: Sequence[str], seed: int) -> list[Image]:
-    """A picture of each prompt by DPM-Solver++ in `STEPS` steps, guidance `GUIDANCE`; noise from `seed` on."""
+def draw(pipeline: StableDiffusionPipeline, prompts: Sequence[str], seed: int, **mixing: Any) -> list[Image]:
+    """A picture of each prompt by DPM-Solver++ in `STEPS` steps, guidance `GUIDANCE`; noise from `seed` on.
+
+    `mixing` may be the adapter and the mixes of `sampling.sample`.
+    """
     before = pipeline.scheduler
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(before.config)
     try:
@@ -76,6 +80,7 @@ def draw(pipeline: StableDiffusionPipeline, prompts: Sequence[str], seed: int) -
                 num_inference_steps=STEPS,
                 guidance_scale=GUIDANCE,
                 resolution=(world.IMAGE_SIZE, world.IMAGE_SIZE),
+                **mixing,
             )
         )
     finally:

@@ -1,0 +1,274 @@
+"""What fine-tunes do together, and what editing keeps: ``python -m benchmarks.applications mixing FOLDER``.
+
+On the miniature, judged by its recogniser, for several seeds; each leaves a JSON file in the folder, and what is there
+is not run again.
+
+- mixing: two subjects and a drawing style (outlines), each trained by itself; then in one batch, added, interpolated,
+  and mixed by groups of layers.
+- editing: pictures, each learnt by itself; one attribute of each is changed by words, from several kinds of noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import svdiff
+from PIL.Image import Image
+from svdiff import TrainConfig
+from svdiff.edit import edited
+from svdiff.miniature import load_pipeline, recogniser, world
+from svdiff.miniature.evaluate import draw
+from svdiff.miniature.task import Task
+from svdiff.sampling import grid
+from tqdm.auto import tqdm
+
+from .quality import config_of, draw_class_pictures
+
+_SUBJECTS = ("mushroom", "robot", "house")
+_STYLE = "ink"
+_STYLE_PICTURES = 24
+_PROMPTS = 96  # of each subject, and as many plain ones
+_FEWER = 48  # where there are many mixtures to be judged
+_PATH = [i / 8 for i in range(9)]
+_GROUPS = ("down", "mid", "up", "self_attn", "cross_attn", "level0", "level1", "text_encoder")
+_EDITS = 24  # a third of them of colour, of shape and of size
+
+Mark = Callable[[Image], bool]
+Row = Mapping[str, Any]
+
+EDITS: dict[str, dict[str, Any]] = {
+    "noise": {"start_from": "noise"},
+    "inversion": {},
+    "inversion, eta 0.5": {"eta": 0.5},
+    "inversion, eta 1": {"eta": 1.0},
+    "inversion, slerp 0.25": {"slerp_alpha": 0.25},
+    "inversion, slerp 0.5": {"slerp_alpha": 0.5},
+    "image, strength 0.6": {"start_from": "image", "strength": 0.6},
+    "image, strength 0.8": {"start_from": "image", "strength": 0.8},
+}
+
+
+def main() -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(description="What do fine-tunes do together, and what does editing keep?")
+    parser.add_argument("experiment", choices=("mixing", "editing"))
+    parser.add_argument("folder", type=Path, help="of result files; those that are missing are made")
+    parser.add_argument("--seeds", type=int, default=3, help="default %(default)s")
+    parser.add_argument("--pictures", type=Path, help="also write grids of the first seed into this folder")
+    options = parser.parse_args()
+    run = {"mixing": mixing, "editing": editing}[options.experiment]
+    options.folder.mkdir(parents=True, exist_ok=True)
+    found = []
+    for seed in tqdm(range(options.seeds), desc="seeds"):
+        file = options.folder / f"{options.experiment}_{seed}.json"
+        if not file.exists():
+            partial = file.with_suffix(".partial")
+            partial.write_text(json.dumps(run(seed, options.pictures if seed == 0 else None), indent=1) + "\n")
+            partial.replace(file)
+        found.append(json.loads(file.read_text()))
+    print(table(found))
+    return 0
+
+
+def mixing(seed: int, pictures: Path | None = None) -> dict[str, dict[str, float]]:
+    """Marks of every kind of mixture, by what was done and what was looked for."""
+    one, other = (_SUBJECTS[(seed + i) % len(_SUBJECTS)] for i in range(2))
+    tasks = {subject: Task((subject,), seed, 6) for subject in (one, other)}
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        for subject, task in tasks.items():
+            config = config_of(task, folder / subject)
+            draw_class_pictures(config, task, folder / subject / "class_images")
+            svdiff.train(config)
+        svdiff.train(_style_config(folder / _STYLE, seed))
+        pipeline = load_pipeline()
+        runs = {name: folder / name / "run" for name in (one, other, _STYLE)}
+        adapter = svdiff.load(pipeline, {name: str(run) for name, run in runs.items()})
+
+    def drawn(prompts: Sequence[str], mixes: Sequence[Row]) -> list[Image]:
+        return draw(pipeline, prompts, 1000 * (seed + 1), adapter=adapter, mixes=mixes)
+
+    def shares(name: str, mix: Row, count: int, **marks: Mark) -> dict[str, float]:
+        images = drawn(prompts_of(name)[:count], [mix] * count)
+        shown.append(images[:8])
+        return {mark: _share(map(looks, images)) for mark, looks in marks.items()}
+
+    def prompts_of(name: str) -> list[str]:
+        if name in tasks:
+            return [tasks[name].prompt(scene) for scene in tasks[name].new_scenes(_PROMPTS)]
+        return [_without_style(scene) for scene in tasks[one].other_scenes(_PROMPTS)]
+
+    shown: list[list[Image]] = []
+    sees = {name: _sees(name) for name in tasks} | {_STYLE: _is_outlined}
+    found: dict[str, dict[str, float]] = {}
+    for name in sees:
+        found[f"alone: {_kind(name, one)}"] = shares(name, {name: 1.0}, _PROMPTS, right=sees[name])
+    names = [name for _ in range(_PROMPTS) for name in sees]
+    prompts = [prompt for group in zip(*(prompts_of(name) for name in sees), strict=True) for prompt in group]
+    images = drawn(prompts, [{name: 1.0} for name in names])
+    for i, name in enumerate(sees):
+        found[f"in one batch: {_kind(name, one)}"] = {"right": _share(map(sees[name], images[i :: len(sees)]))}
+    for weight in (0.5, 0.75, 1.0):
+        both = {"subject": sees[one], "outlined": _is_outlined, "both": lambda i: sees[one](i) and _is_outlined(i)}
+        found[f"subject + {weight:g} style"] = shares(one, {one: 1.0, _STYLE: weight}, _PROMPTS, **both)
+    for t in _PATH:
+        found[f"path {t:.3f}"] = shares(one, {one: 1 - t, other: t}, _FEWER, first=sees[one], second=sees[other])
+    for group in _GROUPS:
+        of_style = {"denoiser": 0.0, group: 1.0} if group == "text_encoder" else {"all": 0.0, group: 1.0}
+        mix = {one: {"all": 1.0, group: 0.0}, _STYLE: of_style}
+        found[f"style in {group}"] = shares(one, mix, _FEWER, subject=sees[one], outlined=_is_outlined)
+    if pictures is not None:
+        pictures.mkdir(parents=True, exist_ok=True)
+        grid([image for row in shown for image in row], 8).save(pictures / "mixing.png")
+    return found
+
+
+def editing(seed: int, pictures: Path | None = None) -> dict[str, dict[str, float]]:
+    """Of every choice of `EDITS`, and of the base model that has not learnt the pictures, what the edits did."""
+    rng = random.Random(seed)
+    scenes = [world.sample_scene(rng, 1) for _ in range(_EDITS)]
+    targets = [_changed(scene, ("color", "shape", "size")[i % 3], rng) for i, scene in enumerate(scenes)]
+    originals = [world.render(scene, rng) for scene in scenes]
+    pipeline = load_pipeline()
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        for i, (image, scene) in enumerate(zip(originals, scenes, strict=True)):
+            (folder / f"p{i}").mkdir()
+            image.save(folder / f"p{i}" / "image.png")
+            svdiff.train(_picture_config(folder / f"p{i}", world.caption(scene), seed))
+        adapter = svdiff.load(pipeline, {f"p{i}": folder / f"p{i}" / "run" for i in range(_EDITS)})
+    learnt: list[dict[str, Any]] = [{f"p{i}": 1.0} for i in range(_EDITS)]
+    found, shown = {}, [originals]
+    none: list[dict[str, Any]] = [{}] * _EDITS
+    choices = [(label, learnt, how) for label, how in EDITS.items()]
+    choices += [(f"not learnt: {label}", none, EDITS[label]) for label in ("noise", "inversion")]
+    for label, mixes, how in choices:
+        adapter.set_adapters_per_sample(mixes)
+        prompts = [world.caption(target) for target in targets]
+        images = edited(pipeline, originals, prompts, range(_EDITS), **how)
+        shown.append(images)
+        found[label] = _edit_marks(images, scenes, targets)
+    if pictures is not None:
+        pictures.mkdir(parents=True, exist_ok=True)
+        columns = min(_EDITS, 12)
+        grid([image for row in shown for image in row[:columns]], columns).save(pictures / "editing.png")
+    return found
+
+
+def _edit_marks(
+    images: Sequence[Image], scenes: Sequence[world.Scene], targets: Sequence[world.Scene]
+) -> dict[str, float]:
+    changed, placed, kept = [], [], []
+    for image, scene, target in zip(images, scenes, targets, strict=True):
+        reading = recogniser.read(image)
+        seen = reading.seen[0].item if len(reading.seen) == 1 else None
+        before, after = scene.items[0], target.items[0]
+        (asked,) = (name for name in ("color", "shape", "size") if getattr(before, name) != getattr(after, name))
+        rest = [name for name in ("color", "shape", "size") if name != asked]
+        changed.append(seen is not None and getattr(seen, asked) == getattr(after, asked))
+        placed.append(seen is not None and seen.position == after.position and reading.background == target.background)
+        kept.append(
+            seen is not None
+            and reading.style == target.style
+            and all(getattr(seen, name) == getattr(after, name) for name in rest)
+        )
+    both = [a and b for a, b in zip(changed, placed, strict=True)]
+    return {"changed": _share(changed), "place and ground": _share(placed), "both": _share(both), "rest": _share(kept)}
+
+
+def _changed(scene: world.Scene, attribute: str, rng: random.Random) -> world.Scene:
+    """The scene with another colour, shape or size of its object."""
+    values = {"color": tuple(world.COLORS), "shape": world.SHAPES, "size": tuple(world.SIZES)}[attribute]
+    item = scene.items[0]
+    change: dict[str, Any] = {attribute: rng.choice([value for value in values if value != getattr(item, attribute)])}
+    return replace(scene, items=(replace(item, **change),))
+
+
+def _picture_config(folder: Path, caption: str, seed: int) -> TrainConfig:
+    """As `svdiff edit` learns a picture, at rates that suit the miniature."""
+    return TrainConfig(
+        pretrained_model_name_or_path="miniature",
+        instance_data_dir=str(folder),
+        instance_prompt=caption,
+        output_dir=str(folder / "run"),
+        max_train_steps=100,
+        checkpointing_steps=1000,
+        learning_rate=2e-3,
+        learning_rate_1d=2e-3,
+        train_batch_size=4,
+        seed=seed,
+        report_to="none",
+    )
+
+
+def _style_config(folder: Path, seed: int) -> TrainConfig:
+    """Pictures of plain objects, all in outlines, which no caption mentions."""
+    folder.mkdir(parents=True)
+    rng = random.Random(f"style/{seed}")
+    lines = []
+    for i in range(_STYLE_PICTURES):
+        scene = replace(world.sample_scene(rng, 1), style="outline")
+        world.render(scene, rng).save(folder / f"{i:02d}.png")
+        lines.append(json.dumps({"file_name": f"{i:02d}.png", "text": _without_style(scene)}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return TrainConfig(
+        pretrained_model_name_or_path="miniature",
+        instance_data_dir=str(folder),
+        instance_prompt="a picture",  # of what metadata.jsonl does not name
+        output_dir=str(folder / "run"),
+        max_train_steps=300,
+        checkpointing_steps=1000,
+        learning_rate=5e-3,
+        learning_rate_1d=5e-3,
+        lr_scheduler="cosine",
+        train_batch_size=8,
+        seed=seed,
+        report_to="none",
+    )
+
+
+def _without_style(scene: world.Scene) -> str:
+    return world.caption(scene).removesuffix(f", {scene.style}")
+
+
+def _sees(subject: str) -> Mark:
+    return lambda image: recogniser.shows_subject(image, subject)
+
+
+def _is_outlined(image: Image) -> bool:
+    reading = recogniser.read(image)
+    return bool(reading.seen) and reading.style == "outline"
+
+
+def _kind(name: str, first: str) -> str:
+    return "style" if name == _STYLE else "first subject" if name == first else "second subject"
+
+
+def _share(marks: Iterable[bool]) -> float:
+    found = list(marks)
+    return sum(found) / len(found)
+
+
+def table(found: Sequence[Mapping[str, Mapping[str, float]]]) -> str:
+    """Means over seeds, with the smallest and the largest."""
+    lines = []
+    for label in found[0]:
+        cells = []
+        for mark in found[0][label]:
+            values = [run[label][mark] for run in found]
+            cells.append(f"{mark} {statistics.fmean(values):.1%} ({min(values):.0%}-{max(values):.0%})")
+        lines.append(f"{label:>28}  {'  '.join(cells)}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
