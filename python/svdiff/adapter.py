@@ -211,7 +211,7 @@ class Adapter:
 
     def get_active_adapters(self) -> list[str]:
         """Names of the adapters that act."""
-        return list(self._attached()[0].bank.get_mix())
+        return list(dict.fromkeys(name for part in self._attached() for name in part.bank.get_mix()))
 
     def get_list_adapters(self) -> list[str]:
         """Names of all adapters."""
@@ -255,8 +255,13 @@ class Adapter:
         self._check_not_fused()
         if any(part.bank.mix.dim() == 2 for part in self._attached()):
             raise SVDiffError("prompts have mixes of their own, which no one weight can hold: set one mix for all")
-        for part in self._attached():
-            part.fuse()
+        try:
+            for part in self._attached():
+                part.fuse()
+        except BaseException:
+            for part in self._attached():
+                part.unfuse()
+            raise
         self._is_fused = True
 
     def unfuse(self) -> None:

@@ -13,6 +13,7 @@ import pytest
 import svdiff
 import torch
 import torch.nn.functional as F
+from svdiff.pipelines import load_pipeline
 from tiny import assert_unchanged, output, snapshot, tiny_text_encoder, tiny_unet, unet_inputs
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -500,6 +501,17 @@ def test_a_fused_model_can_be_cast_and_comes_back(unet: Any) -> None:
     x, t, context = (v.double() if v.is_floating_point() else v for v in unet_inputs())
     with torch.no_grad():
         torch.testing.assert_close(unet(x, t, context).sample.float(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_fusing_that_fails_leaves_nothing_fused(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = load_pipeline(str(base))
+    adapter = svdiff.attach(pipeline, text_encoder=True)
+    kinds = {path: type(module) for path, module in pipeline.unet.named_modules()}
+    monkeypatch.setattr(snn.SpectralEmbedding, "merge", lambda *_: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MemoryError):
+        adapter.fuse()
+    assert {path: type(module) for path, module in pipeline.unet.named_modules()} == kinds
+    adapter.set_adapters([])
 
 
 def test_mixes_of_prompts_cannot_be_fused(unet: Any) -> None:

@@ -109,6 +109,8 @@ def test_other_families_have_mixtures_of_samples_too(
 def test_text_encoders_follow_the_prompt(mixable: Callable[[str], tuple[Any, svdiff.Adapter]]) -> None:
     pipeline, adapter = mixable("sd")
     only_text: list[Any] = [{"dog": {"denoiser": 0.0}}, {"ink": {"denoiser": 0.0}}]
+    adapter.set_adapters("dog", {"denoiser": 0.0})
+    assert adapter.get_active_adapters() == ["dog"]
     base = one_by_one(pipeline, adapter, [{}, {}])
     adapter.set_adapters_per_sample(only_text)
     moved = draw(pipeline, PROMPTS[:2], range(2))
