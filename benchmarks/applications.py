@@ -94,11 +94,8 @@ def mixing(seed: int, pictures: Path | None = None) -> dict[str, dict[str, float
         runs = {name: folder / name / "run" for name in (one, other, _STYLE)}
         adapter = svdiff.load(pipeline, {name: str(run) for name, run in runs.items()})
 
-    def drawn(prompts: Sequence[str], mixes: Sequence[Row]) -> list[Image]:
-        return draw(pipeline, prompts, 1000 * (seed + 1), adapter=adapter, mixes=mixes)
-
     def shares(name: str, mix: Row, count: int, **marks: Mark) -> dict[str, float]:
-        images = drawn(prompts_of(name)[:count], [mix] * count)
+        images = draw(pipeline, prompts_of(name)[:count], noise, adapter=adapter, mixes=[mix] * count)
         shown.append(images[:8])
         return {mark: _share(map(looks, images)) for mark, looks in marks.items()}
 
@@ -107,14 +104,15 @@ def mixing(seed: int, pictures: Path | None = None) -> dict[str, dict[str, float
             return [tasks[name].prompt(scene) for scene in tasks[name].new_scenes(_PROMPTS)]
         return [_without_style(scene) for scene in tasks[one].other_scenes(_PROMPTS)]
 
-    shown: list[list[Image]] = []
+    noise, shown = 1000 * (seed + 1), list[list[Image]]()
     sees = {name: _sees(name) for name in tasks} | {_STYLE: _is_outlined}
     found: dict[str, dict[str, float]] = {}
     for name in sees:
         found[f"alone: {_kind(name, one)}"] = shares(name, {name: 1.0}, _PROMPTS, right=sees[name])
     names = [name for _ in range(_PROMPTS) for name in sees]
     prompts = [prompt for group in zip(*(prompts_of(name) for name in sees), strict=True) for prompt in group]
-    images = drawn(prompts, [{name: 1.0} for name in names])
+    seeds = [noise + i // len(sees) for i in range(len(prompts))]  # the same as alone
+    images = draw(pipeline, prompts, seeds, adapter=adapter, mixes=[{name: 1.0} for name in names])
     for i, name in enumerate(sees):
         found[f"in one batch: {_kind(name, one)}"] = {"right": _share(map(sees[name], images[i :: len(sees)]))}
     for weight in (0.5, 0.75, 1.0):
@@ -211,12 +209,12 @@ def _picture_config(folder: Path, caption: str, seed: int) -> TrainConfig:
 
 
 def _style_config(folder: Path, seed: int) -> TrainConfig:
-    """Pictures of plain objects, all in outlines, which no caption mentions."""
+    """Pictures of plain objects and toys, all in outlines, which no caption mentions."""
     folder.mkdir(parents=True)
     rng = random.Random(f"style/{seed}")
     lines = []
     for i in range(_STYLE_PICTURES):
-        scene = replace(world.sample_scene(rng, 1), style="outline")
+        scene = replace(world.with_toys(world.sample_scene(rng, 1), rng, 0.5), style="outline")
         world.render(scene, rng).save(folder / f"{i:02d}.png")
         lines.append(json.dumps({"file_name": f"{i:02d}.png", "text": _without_style(scene)}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")

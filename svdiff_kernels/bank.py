@@ -20,7 +20,7 @@ TRAINED = "default"
 """The adapter that trains; all others are frozen."""
 
 _SLOTS = 4
-"""For adapters that act, at first. Those that are empty cost nothing but the reading of zeros."""
+"""How many there are when the first adapter comes, so that others can join it and nothing is compiled anew."""
 
 _CALLS: ContextVar[Mapping[int, _Call]] = ContextVar("svdiff_calls", default=MappingProxyType({}))
 """By the id of a bank, the mix that calls from this thread or asyncio task have of their own."""
@@ -38,7 +38,8 @@ class Bank(nn.Module):
     learn at a rate of their own. Any number of others wait in the host's memory. Those that act are copied into
     ``slots`` ``[K, R + R1]``, beside the model; ``mix``, ``[1 + K]`` or ``[S, 1 + K]``, weighs "default" and them. So
     another mix is another content of two tensors: no weight is touched, nothing is recompiled and a CUDA graph stays
-    valid, unless the number of samples changes, or more than K adapters act at once: then K grows.
+    valid, unless the number of samples changes or K has to grow: from 0 to 4 when the first adapter is loaded, and then
+    only when more act at once.
 
     Args:
         layers: spectral layers by name. They are adopted: ``layer.delta`` becomes a view of the bank's vector.
@@ -64,14 +65,14 @@ class Bank(nn.Module):
         # Not persistent: they are made of the layers' sigma.
         self.register_buffer("base", torch.cat(bases), persistent=False)
         self.register_buffer("floor", torch.cat(floors), persistent=False)
-        self.register_buffer("slots", self.base.new_zeros(_SLOTS, self.base.numel()), persistent=False)
+        self.register_buffer("slots", self.base.new_zeros(0, self.base.numel()), persistent=False)
         self.register_buffer("mix", self.base.new_zeros(1), persistent=False)
         deltas = torch.cat([layer.delta.detach() for layer in self._layers.values()])
         split = sum(layer.rank for layer in layers.values() if not layer.one_dim)
         self.matrices_default = nn.Parameter(deltas[:split].clone())
         self.one_dim_default = nn.Parameter(deltas[split:].clone())
         self._frozen: dict[str, Tensor] = {}
-        self._in_slots: list[Key | None] = [None] * _SLOTS
+        self._in_slots: list[Key | None] = []
         self._batch: int | None = None
         self._fresh_for: tuple[object, ...] | None = None
         self._is_compiled = False
@@ -144,10 +145,9 @@ class Bank(nn.Module):
         waiting = [key for key in acting if key not in self._in_slots]
         free = [i for i, key in enumerate(self._in_slots) if key not in acting]
         if lacking := max(len(waiting) - len(free), 0):
-            lacking = max(lacking, len(self._in_slots))  # twice as many, so that it seldom happens
-            free += range(len(self._in_slots), len(self._in_slots) + lacking)
-            self._in_slots += [None] * lacking
-            self.slots = torch.cat([self.slots, self.slots.new_zeros(lacking, self.slots.shape[1])])
+            count = len(self._in_slots)
+            self._grow_slots(max(lacking, count))  # twice as many, so that it seldom happens
+            free += range(count, len(self._in_slots))
         for i, key in zip(free, waiting, strict=False):
             self.slots[i].copy_(self._term(key))
             self._in_slots[i] = key
@@ -155,7 +155,9 @@ class Bank(nn.Module):
         if table.shape == self.mix.shape:
             self.mix.copy_(table)  # in place: a compiled model or a captured graph sees it
         else:
-            self.mix, self._batch = table, None
+            if table.shape[:-1] != self.mix.shape[:-1]:
+                self._batch = None  # which was that of other samples
+            self.mix = table
         self._mix, self._fresh_for = mix, None
 
     def get_mix(self) -> dict[str, float]:
@@ -225,6 +227,9 @@ class Bank(nn.Module):
                     parameter.copy_(part)
         else:
             self._frozen[name] = shifts
+            if not self._in_slots:
+                self._grow_slots(_SLOTS)
+                self.set_mix(self._mix)
         held = [key for key in self._in_slots if key is not None and key[0] == name]
         if held:
             self._in_slots = [None if key in held else key for key in self._in_slots]
@@ -289,7 +294,8 @@ class Bank(nn.Module):
         if mix.dim() == 2 and batch is not None:
             mix = per_input(mix, repeats, batch)
         kinds = [p.numel() for p in self.trained]
-        deltas = [part for slot in slots.unbind() for part in slot.split(kinds)]
+        acting = slots[: mix.shape[-1] - 1]  # another thread may be adding some
+        deltas = [part for slot in acting.unbind() for part in slot.split(kinds)]
         return _Gains.apply(self.base, self.floor, mix, *self.trained, *deltas).split(self._sizes, dim=-1)
 
     def _state(self) -> tuple[object, ...]:
@@ -300,6 +306,11 @@ class Bank(nn.Module):
         """The weights of "default" and of what is in slots, ``[1 + K]``, or ``[S, 1 + K]`` where samples differ."""
         table = self.base.new_tensor(mix.table([_TRAINED_KEY, *slots]))
         return table[0] if mix.shared else table
+
+    @torch.inference_mode(False)
+    def _grow_slots(self, more: int) -> None:
+        self._in_slots = [*self._in_slots, *[None] * more]
+        self.slots = torch.cat([self.slots, self.slots.new_zeros(more, self.slots.shape[1])])
 
     def _term(self, key: Key) -> Tensor:
         """The shifts of an adapter, each layer's by its weight."""

@@ -78,7 +78,7 @@ class Mix:
 def per_input(table: Tensor, repeats: int, batch: int) -> Tensor:
     """A row for each input of a batch: every sample's `repeats` times, and all of that as often as the batch has it.
 
-    Pipelines of diffusers put the pictures of a prompt side by side, and under guidance all of them twice.
+    Pipelines put the pictures of a prompt side by side, and under guidance all of them twice.
 
     Raises:
         SVDiffError: the batch is no multiple of that.

@@ -63,11 +63,18 @@ def agreement(pipeline: StableDiffusionPipeline, objects: int, prompts: int = 20
     return sum(recogniser.agrees(image, scene) for image, scene in zip(images, scenes, strict=True)) / prompts
 
 
-def draw(pipeline: StableDiffusionPipeline, prompts: Sequence[str], seed: int, **mixing: Any) -> list[Image]:
-    """A picture of each prompt by DPM-Solver++ in `STEPS` steps, guidance `GUIDANCE`; noise from `seed` on.
+def draw(
+    pipeline: StableDiffusionPipeline, prompts: Sequence[str], seed: int | Sequence[int], **mixing: Any
+) -> list[Image]:
+    """A picture of each prompt by DPM-Solver++ in `STEPS` steps, guidance `GUIDANCE`.
 
-    `mixing` may be the adapter and the mixes of `sampling.sample`.
+    Args:
+        pipeline: the miniature.
+        prompts: what to draw.
+        seed: of the first picture's noise, the next has the next; or of each.
+        mixing: the adapter and the mixes of `sampling.sample`, if each prompt has its own.
     """
+    seeds = range(seed, seed + len(prompts)) if isinstance(seed, int) else seed
     before = pipeline.scheduler
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(before.config)
     try:
@@ -75,7 +82,7 @@ def draw(pipeline: StableDiffusionPipeline, prompts: Sequence[str], seed: int, *
             sample(
                 pipeline,
                 prompts,
-                range(seed, seed + len(prompts)),
+                seeds,
                 batch_size=32,
                 num_inference_steps=STEPS,
                 guidance_scale=GUIDANCE,
