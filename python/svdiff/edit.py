@@ -16,12 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from svdiff_kernels import SVDiffError
+from svdiff_kernels import FactorCache, SVDiffError
 
 from .attach import load
 from .inversion import check_invertible, invert
 from .latents import decoding_in_its_own_precision, encode, slerp
-from .mixtures import named_paths
 from .outputs import run_directory, write_run_file
 from .pipelines import default_resolution, device_of_choice, load_pipeline, set_scheduler
 from .progress import progress_options
@@ -108,7 +107,8 @@ def edit(config: EditConfig) -> EditResult:
         pipeline = load_pipeline(config.pretrained_model_name_or_path)
         side = config.resolution or default_resolution(pipeline)
         original = _centre(load_picture(_picture(config), [(side, side)]).image, side)
-        load(pipeline, named_paths([f"image={shifts}"])).set_adapters("image", config.spectral_shifts_scale)
+        adapter = load(pipeline, shifts, cache=FactorCache(config.svd_cache_dir))
+        adapter.set_adapters("default", config.spectral_shifts_scale)
         pipeline.to(device_of_choice())
         prompts = [prompt for prompt in config.target_prompt for _ in range(config.num_images_per_prompt)]
         seeds = [config.seed + i for i in range(len(prompts))]
