@@ -135,7 +135,7 @@ def load(
     }
     adapter = _attach(models, chosen, layouts, form, cache, lazy)
     for name, of_adapter in deltas.items():
-        adapter.load_deltas(of_adapter, name)
+        adapter.load_deltas(of_adapter, name, activate=False)
     adapter.set_adapters(next(iter(deltas)))
     return adapter
 

@@ -6,6 +6,7 @@ import importlib.util
 
 import pytest
 import torch
+from svdiff.generate import FUSED_FROM
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import cost, layer, registry, runner
@@ -73,3 +74,13 @@ def test_the_usual_shapes_are_known_without_diffusers(monkeypatch: pytest.Monkey
     with pytest.raises(SVDiffError, match="the layers of sdxl at 768 pixels need diffusers"):
         registry.layers("sdxl", 768)
     registry.layers.cache_clear()
+
+
+@pytest.mark.parametrize(("model", "pixels"), [("sd15", 256), ("sd15", 512), ("sdxl", 512), ("sdxl", 1024)])
+def test_from_how_many_latent_pixels_it_pays_to_fuse(model: str, pixels: int) -> None:
+    """What docs/inference.md says, and `FUSED_FROM` in svdiff/generate.py, by count of operations."""
+    more = fusing = 0
+    for shape, count in registry.layers(model, pixels).items():
+        m, X = sorted((shape.M, shape.N))
+        more, fusing = more + count * 2 * shape.T * m**2, fusing + count * 2 * m**2 * X
+    assert 45_000 <= fusing / more * (pixels / 8) ** 2 <= 48_000 < FUSED_FROM
