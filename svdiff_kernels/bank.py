@@ -22,6 +22,8 @@ TRAINED = "default"
 _SLOTS = 4
 """How many there are when the first adapter comes, so that others can join it and nothing is compiled anew."""
 
+_HALF = {torch.float16, torch.bfloat16}
+
 _CALLS: ContextVar[Mapping[int, _Call]] = ContextVar("svdiff_calls", default=MappingProxyType({}))
 """By the id of a bank, the mix that calls from this thread or asyncio task have of their own."""
 
@@ -198,7 +200,8 @@ class Bank(nn.Module):
 
         Args:
             name: the adapter.
-            deltas: one tensor ``[r]`` per layer; all are checked before anything is touched.
+            deltas: one tensor ``[r]`` per layer; all are checked before anything is touched. Those of a frozen adapter
+                are held in their dtype: a thousand adapters are large, and half precision is half of it.
             strict: whether every layer must have one; else a layer without stays at zero.
 
         Raises:
@@ -216,8 +219,9 @@ class Bank(nn.Module):
                 raise SVDiffError(f"delta {key!r} holds NaN or inf")
         if strict and (missing := [key for key in self._layers if key not in deltas]):
             raise SVDiffError(f"{len(missing)} layers have no delta, the first is {missing[0]!r}")
-        wide = self.base.dtype
-        shifts = torch.zeros(self.base.numel(), dtype=wide)
+        kinds = {delta.dtype for delta in deltas.values()} if name != TRAINED else set()
+        held = next(iter(kinds)) if len(kinds) == 1 and kinds <= _HALF else self.base.dtype
+        shifts = torch.zeros(self.base.numel(), dtype=held)
         for key, part in zip(self._layers, shifts.split(self._sizes), strict=True):
             if key in deltas:
                 part.copy_(deltas[key].detach())
@@ -318,7 +322,7 @@ class Bank(nn.Module):
         shifts = self._shifts(adapter)
         if weights is None:
             return shifts
-        each = torch.tensor(weights, dtype=shifts.dtype).repeat_interleave(torch.tensor(self._sizes))
+        each = torch.tensor(weights, dtype=self.base.dtype).repeat_interleave(torch.tensor(self._sizes))
         return shifts * each.to(shifts.device)
 
     def _shifts(self, name: str) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from svdiff_kernels import SVDiffError
@@ -80,13 +81,19 @@ class Adapter:
         return sum(p.numel() for part in self._attached() for p in part.bank.trained)
 
     def save_weights(
-        self, directory: str | os.PathLike[str], adapter_name: str | None = None, **metadata: object
+        self,
+        directory: str | os.PathLike[str],
+        adapter_name: str | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        **metadata: object,
     ) -> list[Path]:
         """Write an adapter's delta files into a folder (made if need be), all or none of them.
 
         Args:
             directory: where to.
             adapter_name: which adapter; "default" if None.
+            dtype: of the shifts; float16 halves the files, and the memory of who loads them.
             metadata: what else the files should say, such as the prompts; anything that JSON can hold.
 
         Returns:
@@ -96,7 +103,7 @@ class Adapter:
         roles = [part.role for part in self._attached()]
         files = {
             Path(directory) / checkpoint.FILE_NAMES[part.role]: checkpoint.encode(
-                part.bank.delta_dict(name), part.layout, roles, metadata
+                part.bank.delta_dict(name), part.layout, roles, metadata, dtype
             )
             for part in self._attached()
         }
@@ -108,7 +115,7 @@ class Adapter:
     ) -> None:
         """Load delta files as an adapter, which becomes the only active one.
 
-        Layers that the files do not have are not shifted. It may happen while pictures are drawn.
+        Layers that the files do not have are not shifted. It is held as precisely as the files have it. It may happen while pictures are drawn.
 
         Args:
             path: a folder with delta files, or the denoiser's file (the text encoders' are looked for beside it).

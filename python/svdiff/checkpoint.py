@@ -1,4 +1,4 @@
-"""The delta file: what people share. One fp32 tensor a module under ``<module path>.delta``, and metadata beside them.
+"""The delta file: what people share. One tensor a module, in fp32 or half precision, under ``<module path>.delta``, and metadata beside them.
 
 A file is checked whole, against the model it is meant for, before anything is done with it.
 """
@@ -33,6 +33,7 @@ Content = tuple[dict[str, Tensor], dict[str, str]]
 """Tensors and metadata of a file, by key."""
 
 _SUFFIX = ".delta"
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _HASH_DIGITS = 16
 # transformers 5 dropped this prefix from CLIP's module paths; files keep it.
 _CLIP_PREFIX = "text_model."
@@ -152,7 +153,10 @@ def read(path: Path) -> DeltaFile:
     version = metadata.get("format_version", str(FORMAT_VERSION))
     if metadata.get("format", FORMAT) == FORMAT and version != str(FORMAT_VERSION):
         raise SVDiffError(f"{path} has format version {version}; this library reads version {FORMAT_VERSION}")
-    deltas = {key.removesuffix(_SUFFIX): tensor.to(torch.float32) for key, tensor in tensors.items()}
+    deltas = {
+        key.removesuffix(_SUFFIX): tensor if tensor.dtype in _DTYPES else tensor.to(torch.float32)
+        for key, tensor in tensors.items()
+    }
     return DeltaFile(path, deltas, metadata)
 
 
@@ -197,7 +201,13 @@ def common_layout(files: Sequence[DeltaFile]) -> Layout:
     return Layout(shapes, hashes, first.rank, said.get("one_dim", "none"), first.metadata.get("base_model", ""))
 
 
-def encode(deltas: Mapping[str, Tensor], layout: Layout, parts: Iterable[str], extra: Mapping[str, object]) -> Content:
+def encode(
+    deltas: Mapping[str, Tensor],
+    layout: Layout,
+    parts: Iterable[str],
+    extra: Mapping[str, object],
+    dtype: torch.dtype = torch.float32,
+) -> Content:
     """The tensors and the metadata of a delta file.
 
     Args:
@@ -205,11 +215,16 @@ def encode(deltas: Mapping[str, Tensor], layout: Layout, parts: Iterable[str], e
         layout: of the model.
         parts: of the pipeline, that files are saved for together.
         extra: what else the metadata should say.
+        dtype: of the tensors; a half precision halves the file, and the memory of who loads it.
+
+    Raises:
+        SVDiffError: a shift is too large for dtype.
     """
     named = {file_path(path): path for path in deltas}
-    tensors = {
-        name + _SUFFIX: deltas[path].detach().to("cpu", torch.float32).contiguous() for name, path in named.items()
-    }
+    tensors = {name + _SUFFIX: deltas[path].detach().to("cpu", dtype).contiguous() for name, path in named.items()}
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise SVDiffError(f"{key} holds what {dtype} cannot: write it in float32")
     metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in extra.items()}
     metadata |= {
         "format": FORMAT,

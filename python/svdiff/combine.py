@@ -20,7 +20,7 @@ from .adapter import Clamped
 from .attach import load
 from .checkpoint import DeltaFile
 from .outputs import run_directory, write_run_file
-from .pipelines import load_pipeline
+from .pipelines import DTYPES, load_pipeline
 from .targets import matching
 
 Operation = Literal["add", "scale", "subtract", "average", "interpolate", "style_mix"]
@@ -48,6 +48,10 @@ class CombineConfig:
             "help": "of style_mix, for each but the first: which layers are its own, such as up,cross_attn,level0,"
             "text_encoder, or a regular expression of paths"
         },
+    )
+    dtype: Literal["fp32", "fp16", "bf16"] = field(
+        default="fp32",
+        metadata={"help": "of the result; fp16 halves the file, and the memory of who holds many of them"},
     )
     output_dir: str = field(default="outputs/combine", metadata={"help": "a new folder for the result"})
     overwrite: bool = field(default=False, metadata={"help": "replace an earlier run in output_dir"})
@@ -102,7 +106,7 @@ def combine(config: CombineConfig) -> CombineResult:
                 deltas = blend([files[role].deltas if role in files else {} for files in inputs], layout.shapes, shares)
                 recipe = {"operation": config.operation, "inputs": origins, "weights": _summary(shares)}
                 file = staging / name / checkpoint.FILE_NAMES[role]
-                content[file] = checkpoint.encode(deltas, layout, roles, {"recipe": recipe})
+                content[file] = checkpoint.encode(deltas, layout, roles, {"recipe": recipe}, DTYPES[config.dtype])
             checkpoint.write(content)
         clamped = _clamped(config, [staging / name for name in recipes])
         told = {"clamped": [asdict(one) for one in clamped]} if clamped else {}
@@ -151,6 +155,8 @@ def _check(config: CombineConfig, weights: Sequence[float]) -> None:
     operation, count = config.operation, len(config.spectral_shifts_ckpt)
     if operation not in get_args(Operation):
         raise SVDiffError(f"operation {operation!r} is not one of {', '.join(get_args(Operation))}")
+    if config.dtype not in DTYPES:
+        raise SVDiffError(f"dtype {config.dtype!r} is not one of {', '.join(DTYPES)}")
     least, most = {"add": (1, count), "scale": (1, 1), "interpolate": (2, 2)}.get(operation, (2, count))
     if not least <= count <= most:
         wanted = f"{least}" if least == most else f"{least} or more"

@@ -16,6 +16,7 @@ from .attach import Form, load
 from .mixtures import named_paths, parse_mix
 from .outputs import run_directory, write_run_file
 from .pipelines import (
+    DTYPES,
     check_resolution,
     default_resolution,
     device_of_choice,
@@ -30,8 +31,6 @@ FUSED_FROM = 50_000
 A spectral layer of ``min(M, N) = m`` and ``max(M, N) = X`` takes ``2 T m^2`` operations more than a plain one for T
 rows, and fusing it ``2 m^2 X``. Summed over the layers of SD 1.5 or SDXL they are even at 45,000 to 48,000 latent
 pixels, at any resolution: 12 steps of SD 1.5 at 512 x 512."""
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass

@@ -32,6 +32,8 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Names for ``--scheduler_type``: the class in diffusers, and settings that the name stands for."""
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
 DENOISERS = ("unet", "transformer")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 

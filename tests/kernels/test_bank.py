@@ -625,3 +625,37 @@ def test_a_compiled_model_switches_among_samples_mixes_without_compiling_anew() 
         bank.set_mix(rows)
         torch.testing.assert_close(compiled(x), net(x))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_frozen_adapter_is_held_in_its_dtype(dtype: torch.dtype) -> None:
+    net, bank, x, _ = make()
+    wide = {name: 0.2 * torch.randn(layer.rank) for name, layer in net.layers().items()}
+    half = {name: delta.to(dtype) for name, delta in wide.items()}
+    bank.load_delta_dict("wide", wide)
+    before = bank.delta_dict("wide")
+    bank.load_delta_dict("half", half)
+    assert all(torch.equal(delta, wide[name]) for name, delta in before.items())
+    assert all(delta.dtype == dtype and torch.equal(delta, half[name]) for name, delta in bank.delta_dict("half").items())
+    assert sum(t.nbytes for t in bank.delta_dict("half").values()) * 2 == sum(t.nbytes for t in before.values())
+    weights = {name: 0.5 + i for i, name in enumerate(net.layers())}
+    rounded = {name: delta.float() for name, delta in half.items()}
+    bank.load_delta_dict("rounded", rounded)
+    for each in (1.0, 0.7, weights):
+        bank.set_mix({"half": each})
+        out = net(x)
+        bank.set_mix({"rounded": each})
+        assert torch.equal(out, net(x))
+    with bank.mixed({"half": 0.7}):
+        out = net(x)
+    bank.set_mix({"rounded": 0.7})
+    assert torch.equal(out, net(x))
+
+
+def test_what_trains_and_what_is_mixed_is_wide() -> None:
+    net, bank, _, _ = make()
+    deltas = {name: torch.zeros(layer.rank, dtype=torch.float16) for name, layer in net.layers().items()}
+    bank.load_delta_dict("default", deltas)
+    assert all(p.dtype == torch.float32 for p in bank.trained)
+    bank.load_delta_dict("both", deltas | {"conv": torch.zeros(net.conv.rank)})
+    assert all(delta.dtype == torch.float32 for delta in bank.delta_dict("both").values())

@@ -90,6 +90,29 @@ def test_scale_and_a_file_of_fewer_layers(shifts: dict[str, str], tmp_path: Path
     close(content(tmp_path / "both"), {key: t + ink.get(key, torch.zeros(())) for key, t in dog.items()})
 
 
+@pytest.mark.parametrize(("dtype", "kind"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+def test_half_precision_is_half_the_file_and_held_so(
+    shifts: dict[str, str], base: Path, tmp_path: Path, dtype: str, kind: torch.dtype
+) -> None:
+    run([shifts["dog"]], tmp_path / "half", operation="scale", dtype=dtype)
+    whole, half = load_file(Path(shifts["dog"]) / FILES[0]), load_file(tmp_path / "half" / FILES[0])
+    assert all(half[key].dtype == kind and torch.equal(half[key], whole[key].to(kind)) for key in whole)
+    adapter = svdiff.load(load_pipeline(str(base)), {"half": tmp_path / "half", "whole": shifts["dog"]})
+    held = adapter.read_weights(tmp_path / "half")
+    assert {delta.dtype for deltas in held.values() for delta in deltas.values()} == {kind}
+    adapter.save_weights(tmp_path / "again", "half")
+    again = load_file(tmp_path / "again" / FILES[0])
+    assert all(torch.equal(again[key], half[key].float()) for key in half)
+    adapter.save_weights(tmp_path / "small", "whole", dtype=kind)
+    assert all(torch.equal(delta, half[key]) for key, delta in load_file(tmp_path / "small" / FILES[0]).items())
+
+
+def test_a_shift_too_large_for_half_precision_is_refused(shifts: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(SVDiffError, match=r"cannot: write it in float32"):
+        run([shifts["dog"]], tmp_path / "half", operation="scale", weights=[1e9], dtype="fp16")
+    assert not (tmp_path / "half").exists()
+
+
 def test_interpolation_is_a_path(shifts: dict[str, str], tmp_path: Path) -> None:
     result = run([shifts["dog"], shifts["cat"]], tmp_path / "path", operation="interpolate", steps=4)
     assert [folder.name for folder in result.folders] == ["step_00", "step_01", "step_02", "step_03"]
