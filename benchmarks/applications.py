@@ -3,8 +3,8 @@
 On the miniature, judged by its recogniser, for several seeds; each leaves a JSON file in the folder, and what is there
 is not run again.
 
-- mixing: two subjects and a drawing style (outlines), each trained by itself; then in one batch, added, interpolated,
-  and mixed by groups of layers.
+- mixing: two subjects and a style (blueprint), each trained by itself; then in one batch, added, interpolated, and mixed
+  by groups of layers.
 - editing: pictures, each learnt by itself; one attribute of each is changed by words, from several kinds of noise.
 """
 
@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 from .quality import config_of, draw_class_pictures
 
 _SUBJECTS = ("mushroom", "robot", "house")
-_STYLE = "ink"
+_STYLE = "blueprint"
 _STYLE_PICTURES = 24
 _PROMPTS = 96  # of each subject, and as many plain ones
 _FEWER = 48  # where there are many mixtures to be judged
@@ -105,7 +105,7 @@ def mixing(seed: int, pictures: Path | None = None) -> dict[str, dict[str, float
         return [_without_style(scene) for scene in tasks[one].other_scenes(_PROMPTS)]
 
     noise, shown = 1000 * (seed + 1), list[list[Image]]()
-    sees = {name: _sees(name) for name in tasks} | {_STYLE: _is_outlined}
+    sees = {name: _sees(name) for name in tasks} | {_STYLE: _is_blueprint}
     found: dict[str, dict[str, float]] = {}
     for name in sees:
         found[f"alone: {_kind(name, one)}"] = shares(name, {name: 1.0}, _PROMPTS, right=sees[name])
@@ -116,14 +116,14 @@ def mixing(seed: int, pictures: Path | None = None) -> dict[str, dict[str, float
     for i, name in enumerate(sees):
         found[f"in one batch: {_kind(name, one)}"] = {"right": _share(map(sees[name], images[i :: len(sees)]))}
     for weight in (0.5, 0.75, 1.0):
-        both = {"subject": sees[one], "outlined": _is_outlined, "both": lambda i: sees[one](i) and _is_outlined(i)}
+        both = {"subject": sees[one], "style": _is_blueprint, "both": lambda i: sees[one](i) and _is_blueprint(i)}
         found[f"subject + {weight:g} style"] = shares(one, {one: 1.0, _STYLE: weight}, _PROMPTS, **both)
     for t in _PATH:
         found[f"path {t:.3f}"] = shares(one, {one: 1 - t, other: t}, _FEWER, first=sees[one], second=sees[other])
     for group in _GROUPS:
         of_style = {"denoiser": 0.0, group: 1.0} if group == "text_encoder" else {"all": 0.0, group: 1.0}
         mix = {one: {"all": 1.0, group: 0.0}, _STYLE: of_style}
-        found[f"style in {group}"] = shares(one, mix, _FEWER, subject=sees[one], outlined=_is_outlined)
+        found[f"style in {group}"] = shares(one, mix, _FEWER, subject=sees[one], style=_is_blueprint)
     if pictures is not None:
         pictures.mkdir(parents=True, exist_ok=True)
         grid([image for row in shown for image in row], 8).save(pictures / "mixing.png")
@@ -209,12 +209,12 @@ def _picture_config(folder: Path, caption: str, seed: int) -> TrainConfig:
 
 
 def _style_config(folder: Path, seed: int) -> TrainConfig:
-    """Pictures of plain objects and toys, all in outlines, which no caption mentions."""
+    """Pictures of plain objects and toys on blue paper, which no caption mentions."""
     folder.mkdir(parents=True)
     rng = random.Random(f"style/{seed}")
     lines = []
     for i in range(_STYLE_PICTURES):
-        scene = replace(world.with_toys(world.sample_scene(rng, 1), rng, 0.5), style="outline")
+        scene = replace(world.with_toys(world.sample_scene(rng, 1), rng, 0.5), style="blueprint")
         world.render(scene, rng).save(folder / f"{i:02d}.png")
         lines.append(json.dumps({"file_name": f"{i:02d}.png", "text": _without_style(scene)}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
@@ -242,9 +242,8 @@ def _sees(subject: str) -> Mark:
     return lambda image: recogniser.shows_subject(image, subject)
 
 
-def _is_outlined(image: Image) -> bool:
-    reading = recogniser.read(image)
-    return bool(reading.seen) and reading.style == "outline"
+def _is_blueprint(image: Image) -> bool:
+    return recogniser.read(image).style == "blueprint"
 
 
 def _kind(name: str, first: str) -> str:

@@ -8,7 +8,6 @@ that is forward, backward and optimiser. What is left is data, logs and Python.
 from __future__ import annotations
 
 import importlib
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,35 +17,26 @@ from pathlib import Path
 from typing import Any
 
 import svdiff
-import torch
 from PIL import Image
 from svdiff.bench import BenchConfig
-from svdiff.miniature import load_pipeline
 from svdiff.training.loop import Loop
-from torch import nn
 
 from svdiff_kernels import FactorCache, SVDiffError
 
-from . import child, registry, runner
-from .models import make_distinct, random_unet
+from . import child, runner
+from .models import make_distinct, random_pipeline
 
 _STEP, _INSIDE = "a step", "forward, backward, optimiser"
 _START, _FIRST = "start to the first step", "start to its end"
 _STARTS = 4  # of which the first may have to read the models from the disk
-_VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-}
 
 
 def run(bench: BenchConfig) -> list[runner.Timing]:
     """Measure a run of `rounds` steps after the first, and starts before it; the first timing is a whole step."""
     with tempfile.TemporaryDirectory(dir=".", prefix="bench-") as place:
         folder = Path(place).resolve()
-        pipeline = _pipeline(bench)
+        pipeline = random_pipeline(bench)
+        make_distinct(pipeline.unet)
         pipeline.save_pretrained(folder / "base")
         svdiff.attach(pipeline, one_dim=bench.one_dim, rank=bench.rank, cache=FactorCache(folder / "cache"))
         side = 8 * bench.latents
@@ -115,35 +105,6 @@ def main() -> None:
     per_step = [inside[2 * i] + inside[2 * i + 1] for i in range(1, len(ends))]
     start, first = begins[0] - float(started), ends[0] - float(started)
     child.report(start=start, first=first, steps=steps, inside=per_step)
-
-
-def _pipeline(bench: BenchConfig) -> Any:
-    from diffusers import AutoencoderKL, StableDiffusionPipeline
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    if bench.model not in ("sd15", "sd21"):
-        raise SVDiffError(f"bench loop knows sd15 and sd21, not {bench.model}")
-    torch.manual_seed(0)
-    small = load_pipeline()
-    small.tokenizer.model_max_length = 77
-    text = json.loads((registry.CONFIGS / "clip_l_text.json").read_text())
-    unet = random_unet(
-        Path(bench.config) if bench.config else registry.CONFIGS / registry.MODELS[bench.model], torch.float32
-    )
-    make_distinct(unet)
-    models: dict[str, nn.Module] = {
-        "unet": unet,
-        "text_encoder": CLIPTextModel(CLIPTextConfig(**text | {"hidden_size": unet.config.cross_attention_dim})),
-        "vae": AutoencoderKL(**_VAE),
-    }
-    return StableDiffusionPipeline(
-        **models,
-        tokenizer=small.tokenizer,
-        scheduler=small.scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
 
 
 if __name__ == "__main__":

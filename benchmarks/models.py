@@ -9,9 +9,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from svdiff.bench import BenchConfig
+from svdiff.miniature import load_pipeline
 from torch import Tensor, nn
 
-from svdiff_kernels import FactorCache, Factors
+from svdiff_kernels import FactorCache, Factors, SVDiffError
+
+from . import registry
+
+_VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
 
 
 class RandomFactors(FactorCache):
@@ -43,6 +55,38 @@ def random_unet(config: Path, dtype: torch.dtype, device: str = "cpu") -> Any:
             else:
                 parameter.data = torch.full_like(parameter.data, 1.0 if name == "weight" else 0.0, dtype=dtype)
     return model
+
+
+def random_pipeline(bench: BenchConfig) -> Any:
+    """A Stable Diffusion pipeline of real size in fp32, with random weights and the miniature's tokenizer.
+
+    Raises:
+        SVDiffError: of another model than SD 1.5 or 2.1.
+    """
+    from diffusers import AutoencoderKL, StableDiffusionPipeline
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    if bench.model not in ("sd15", "sd21"):
+        raise SVDiffError(f"bench {bench.level} knows sd15 and sd21, not {bench.model}")
+    torch.manual_seed(0)
+    small = load_pipeline()
+    small.tokenizer.model_max_length = registry.TEXT_TOKENS
+    text = json.loads((registry.CONFIGS / "clip_l_text.json").read_text())
+    config = Path(bench.config) if bench.config else registry.CONFIGS / registry.MODELS[bench.model]
+    unet = random_unet(config, torch.float32)
+    models: dict[str, nn.Module] = {
+        "unet": unet,
+        "text_encoder": CLIPTextModel(CLIPTextConfig(**text | {"hidden_size": unet.config.cross_attention_dim})),
+        "vae": AutoencoderKL(**_VAE),
+    }
+    return StableDiffusionPipeline(
+        **models,
+        tokenizer=small.tokenizer,
+        scheduler=small.scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
 
 
 def make_distinct(model: nn.Module) -> None:

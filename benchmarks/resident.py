@@ -1,4 +1,4 @@
-"""Resident memory of this process at its highest, from a moment on."""
+"""Resident memory of this process: now, and at its highest from a moment on."""
 
 from __future__ import annotations
 
@@ -19,5 +19,14 @@ def forget_peak() -> None:
 
 def peak_bytes() -> int:
     """The most since then."""
-    peak = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
-    return 1024 * int(peak.split()[1])
+    return _read("VmHWM")
+
+
+def bytes_now() -> int:
+    """What it is."""
+    return _read("VmRSS")
+
+
+def _read(name: str) -> int:
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(name))
+    return 1024 * int(line.split()[1])

@@ -219,9 +219,9 @@ class Bank(nn.Module):
                 raise SVDiffError(f"delta {key!r} holds NaN or inf")
         if strict and (missing := [key for key in self._layers if key not in deltas]):
             raise SVDiffError(f"{len(missing)} layers have no delta, the first is {missing[0]!r}")
-        kinds = {delta.dtype for delta in deltas.values()} if name != TRAINED else set()
-        held = next(iter(kinds)) if len(kinds) == 1 and kinds <= _HALF else self.base.dtype
-        shifts = torch.zeros(self.base.numel(), dtype=held)
+        dtypes = {delta.dtype for delta in deltas.values()} if name != TRAINED else set()
+        dtype = next(iter(dtypes)) if len(dtypes) == 1 and dtypes <= _HALF else self.base.dtype
+        shifts = torch.zeros(self.base.numel(), dtype=dtype)
         for key, part in zip(self._layers, shifts.split(self._sizes), strict=True):
             if key in deltas:
                 part.copy_(deltas[key].detach())

@@ -86,7 +86,7 @@ class Adapter:
         adapter_name: str | None = None,
         *,
         dtype: torch.dtype = torch.float32,
-        **metadata: object,
+        **metadata: Any,
     ) -> list[Path]:
         """Write an adapter's delta files into a folder (made if need be), all or none of them.
 
@@ -115,7 +115,8 @@ class Adapter:
     ) -> None:
         """Load delta files as an adapter, which becomes the only active one.
 
-        Layers that the files do not have are not shifted. It is held as precisely as the files have it. It may happen while pictures are drawn.
+        Layers that the files do not have are not shifted. The adapter is held in the dtype of the files. It may happen
+        while pictures are drawn.
 
         Args:
             path: a folder with delta files, or the denoiser's file (the text encoders' are looked for beside it).

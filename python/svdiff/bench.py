@@ -18,6 +18,7 @@ Level = Literal[
     "op",
     "overhead",
     "infer",
+    "pipeline",
     "train",
     "loop",
     "memory",
@@ -37,6 +38,7 @@ _LEVELS: dict[Level, str] = {
     "op": "our op in each distinct layer",
     "overhead": "what a call costs before any arithmetic",
     "infer": "a forward pass with another fine-tune for every sample",
+    "pipeline": "pictures with another fine-tune for every prompt; fusing, switching, a thousand adapters",
     "train": "a step of svdiff train on the miniature",
     "loop": "what svdiff train adds to a step of a whole pipeline, and its start",
     "memory": "the most memory that a training step holds",
@@ -45,8 +47,8 @@ _LEVELS: dict[Level, str] = {
     "svd": "decomposing all weights of a model",
     "levers": "what changes that were not made would save",
 }
-_ON_CPUS = ("loop", "start", "attach", "levers")
-_OF_A_UNET = ("unet", "block", "infer", "memory", "loop", "start", "attach", "levers")
+_ON_CPUS = ("pipeline", "loop", "start", "attach", "levers")
+_OF_A_UNET = ("unet", "block", "infer", "pipeline", "memory", "loop", "start", "attach", "levers")
 _QUICK_CONFIG, _QUICK_LATENTS, _QUICK_ROUNDS = "quick_unet.json", 16, 40
 # Not the naive one: it takes half of the time, and its own noise would make the comparison uncertain.
 _QUICK_RIVALS = ("lora", "frozen")

@@ -1,4 +1,5 @@
-"""The delta file: what people share. One tensor a module, in fp32 or half precision, under ``<module path>.delta``, and metadata beside them.
+"""The delta file: what people share. One tensor a module under ``<module path>.delta``, in fp32 or half precision, and
+metadata beside them.
 
 A file is checked whole, against the model it is meant for, before anything is done with it.
 """

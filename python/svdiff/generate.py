@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from svdiff_kernels import SVDiffError
 
 from . import checkpoint

@@ -44,9 +44,9 @@ def test_mixtures_of_what_has_learnt_nothing(tmp_path: Path) -> None:
     }
     for label in ("alone: first subject", "in one batch: second subject"):
         assert found[label] == {"right": 0.0}
-    assert set(found["subject + 0.5 style"]) == {"subject", "outlined", "both"}
+    assert set(found["subject + 0.5 style"]) == {"subject", "style", "both"}
     assert found["path 1.000"] == {"first": 0.0, "second": 0.0}
-    assert set(found["style in text_encoder"]) == {"subject", "outlined"}
+    assert set(found["style in text_encoder"]) == {"subject", "style"}
     assert Image.open(tmp_path / "pictures" / "mixing.png").width >= 64
 
 

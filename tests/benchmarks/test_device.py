@@ -162,7 +162,7 @@ def test_what_needs_a_gpu_says_so(settings: dict[str, Any], message: str, monkey
         bench(BenchConfig(**settings))
 
 
-@pytest.mark.parametrize("level", ["loop", "start", "attach", "levers"])
+@pytest.mark.parametrize("level", ["pipeline", "loop", "start", "attach", "levers"])
 def test_levels_of_cpus_refuse_a_gpu(level: Any, cuda: FakeCuda) -> None:
     with pytest.raises(SVDiffError, match=f"bench {level} measures CPUs only"):
         bench(BenchConfig(level, device="cuda"))

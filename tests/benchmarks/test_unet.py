@@ -10,7 +10,7 @@ import torch
 from svdiff.bench import RIVALS, BenchConfig, bench
 from svdiff.cli import main
 
-from benchmarks import compare, infer, models, runner
+from benchmarks import compare, infer, models, pipeline, runner
 from svdiff_kernels import SVDiffError
 
 
@@ -124,6 +124,19 @@ def test_inference_is_measured_against_a_dense_batch(tiny_config: str, tmp_path:
     lines = lines_of(tmp_path, "infer", tiny_config, rounds=1, batch=8)
     names = {line["name"] for line in lines}
     assert {runner.DENSE, infer.REBUILT, "lora r=4, mixed batch", *map(infer.ours, infer.COUNTS)} <= names
+
+
+def test_a_pipeline_is_measured_with_an_adapter_for_every_prompt(
+    tiny_config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "_SWITCHES", 3)
+    lines = lines_of(tmp_path, "pipeline", tiny_config, rounds=2, batch=2)
+    names = ["2 adapters", "one adapter", "the base", runner.CONTROL, "fuse", "unfuse"]
+    names += ["one for all", "one for each prompt", "held in float32", "held in float16"]
+    assert [line["name"] for line in lines] == names
+    assert all(line["p50"] > 0 for line in lines)
+    wide, half = (line["peak_bytes"] for line in lines[-2:])
+    assert 0.4 * wide < half < 0.6 * wide
 
 
 def test_quick_brings_settings_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

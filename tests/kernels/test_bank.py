@@ -636,7 +636,9 @@ def test_a_frozen_adapter_is_held_in_its_dtype(dtype: torch.dtype) -> None:
     before = bank.delta_dict("wide")
     bank.load_delta_dict("half", half)
     assert all(torch.equal(delta, wide[name]) for name, delta in before.items())
-    assert all(delta.dtype == dtype and torch.equal(delta, half[name]) for name, delta in bank.delta_dict("half").items())
+    assert all(
+        delta.dtype == dtype and torch.equal(delta, half[name]) for name, delta in bank.delta_dict("half").items()
+    )
     assert sum(t.nbytes for t in bank.delta_dict("half").values()) * 2 == sum(t.nbytes for t in before.values())
     weights = {name: 0.5 + i for i, name in enumerate(net.layers())}
     rounded = {name: delta.float() for name, delta in half.items()}

@@ -2,8 +2,8 @@
 
 No trained model takes part, so it can judge one. The border gives the background; what differs from it falls into
 components; each is told by its place, its extent, its most frequent palette colour, and by the drawing that overlaps it
-best once both are scaled to the same square. Colours are told by hue: backgrounds have none, so a rim that is blended
-with one keeps its own. It never reads the prompt.
+best once both are scaled to the same square. Colours are told by hue: plain backgrounds have none, so a rim that is
+blended with one keeps its own. It never reads the prompt.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ import numpy.typing as npt
 from PIL import Image
 from scipy import ndimage
 
-from .world import BACKGROUNDS, COLORS, IMAGE_SIZE, OUTLINES, SIZES, STYLES, SUBJECTS, Item, Scene, render
+from .world import BACKGROUNDS, BLUEPRINT, COLORS, IMAGE_SIZE, OUTLINES, SIZES, SUBJECTS, Item, Scene, render
 
 _GRID = 24  # side of the square that objects and templates are scaled to, in cells
 _FOREGROUND = 50.0  # RGB distance from the background above which a pixel belongs to an object
 _MIN_AREA = 24  # pixels; smaller specks are noise
-_FILLED = 0.9  # share of an object's pixels that are not hole, below which it is an outline
 # Share of the union's cells that must carry the subject's colour: every rendered subject passes, and not one in a
 # hundred plain shapes or abstract toys.
 _SUBJECT_AGREEMENT = 0.65
@@ -60,16 +59,18 @@ def read(image: Image.Image) -> Reading:
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32)  # [64, 64, 3]
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     ground = np.median(border, axis=0)
-    background = min(BACKGROUNDS, key=lambda name: float(np.abs(ground - np.array(BACKGROUNDS[name])).sum()))
+    grounds = {("", name): color for name, color in BACKGROUNDS.items()}
+    grounds |= {("blueprint", name): color for name, color in BLUEPRINT.items()}
+    paper, background = min(grounds, key=lambda key: float(np.abs(ground - np.array(grounds[key])).sum()))
     foreground = np.linalg.norm(pixels - ground, axis=-1) > _FOREGROUND
     labels, count = ndimage.label(foreground, structure=np.ones((3, 3)))
     seen, filled = [], []
     for k in range(1, count + 1):
         mask = labels == k
         if mask.sum() >= _MIN_AREA:
+            seen.append(_read_object(pixels, ground, mask))
             filled.append(mask.sum() / ndimage.binary_fill_holes(mask).sum())
-            seen.append(_read_object(pixels, ground, mask, has_hole=filled[-1] < _FILLED))
-    style = "outline" if filled and float(np.mean(filled)) < _FILLED else "solid"
+    style = paper or ("outline" if filled and float(np.mean(filled)) < 0.9 else "solid")
     order = sorted(range(len(seen)), key=lambda i: ("left", "center", "right").index(seen[i].item.position))
     return Reading(background, style, tuple(seen[i] for i in order))
 
@@ -88,7 +89,7 @@ def shows_subject(image: Image.Image, subject: str) -> bool:
     return any(seen.subject == subject for seen in read(image).seen)
 
 
-def _read_object(pixels: Array, ground: Array, mask: npt.NDArray[np.bool_], *, has_hole: bool) -> Seen:
+def _read_object(pixels: Array, ground: Array, mask: npt.NDArray[np.bool_]) -> Seen:
     rows, columns = np.nonzero(mask)
     center = (columns.min() + columns.max() + 1) / 2
     side = max(np.ptp(rows), np.ptp(columns)) + 1
@@ -106,7 +107,7 @@ def _read_object(pixels: Array, ground: Array, mask: npt.NDArray[np.bool_], *, h
 
     painted = _painted(mask, nearest)
     agreement = {
-        name: max(_agreement(painted, template) for style in STYLES[: 1 + has_hole] for template in templates[style])
+        name: max(_agreement(painted, template) for template in templates)
         for name, templates in _subject_templates().items()
     }
     subject = max(agreement, key=agreement.__getitem__)
@@ -152,15 +153,11 @@ def _shape_templates() -> dict[str, npt.NDArray[np.bool_]]:
 
 
 @cache
-def _subject_templates() -> dict[str, dict[str, list[npt.NDArray[np.int64]]]]:
-    """By subject and style."""
-    return {
-        name: {style: [_painted(*_drawn(Item(name, "", "center", size), style)) for size in SIZES] for style in STYLES}
-        for name in SUBJECTS
-    }
+def _subject_templates() -> dict[str, list[npt.NDArray[np.int64]]]:
+    return {name: [_painted(*_drawn(Item(name, "", "center", size))) for size in SIZES] for name in SUBJECTS}
 
 
-def _drawn(item: Item, style: str = "solid") -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
+def _drawn(item: Item) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
     """Mask and nearest palette colours of one object on white."""
-    pixels = np.asarray(render(Scene((item,), style=style)), dtype=np.float32)
+    pixels = np.asarray(render(Scene((item,))), dtype=np.float32)
     return np.linalg.norm(pixels - np.array(BACKGROUNDS["white"]), axis=-1) > _FOREGROUND, _nearest_color(pixels)

@@ -68,7 +68,7 @@ class Method:
         for model in (self._family.denoiser, *self._family.text_encoders.values()):
             model.to(dtype)
 
-    def save(self, directory: Path, **told: object) -> list[Path]:
+    def save(self, directory: Path, **told: Any) -> list[Path]:
         """Write what has been learnt, in the form that others read; returns the files."""
         raise NotImplementedError
 
@@ -105,7 +105,7 @@ class SpectralShifts(Method):
         return self._config.shift_penalty * sum(shifts.square().sum() for shifts in self._matrices)
 
     @override
-    def save(self, directory: Path, **told: object) -> list[Path]:
+    def save(self, directory: Path, **told: Any) -> list[Path]:
         return self.adapter.save_weights(directory, None, **told)
 
 
@@ -132,7 +132,7 @@ class Lora(Method):
             parameter.data = parameter.data.float()
 
     @override
-    def save(self, directory: Path, **told: object) -> list[Path]:
+    def save(self, directory: Path, **told: Any) -> list[Path]:
         from peft.utils import get_peft_model_state_dict
 
         role = "unet" if hasattr(self._family.pipeline, "unet") else "transformer"
@@ -157,7 +157,7 @@ class AllWeights(Method):
         """Nothing: autocast computes in that type, and what does not train is saved as it was."""
 
     @override
-    def save(self, directory: Path, **told: object) -> list[Path]:
+    def save(self, directory: Path, **told: Any) -> list[Path]:
         self._family.pipeline.save_pretrained(directory / "pipeline")
         return sorted(path for path in (directory / "pipeline").rglob("*.safetensors"))
 
