@@ -6,6 +6,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from svdiff_kernels.mix import Mix
 from . import checkpoint
 from .attached import AttachedModel
 from .parking import ParkingLot
-from .targets import layer_weights
+from .targets import by_layer
 
 Weight = float | Mapping[str, "float | Mapping[str, float]"]
 """How much of an adapter: everywhere, or by groups of layers."""
@@ -156,8 +157,8 @@ class Adapter:
             names: adapters; an empty list is the base model.
             weights: one for all, or one each; 1 if None. A weight is a number; or numbers by groups of layers, such as
                 ``{"up": 0.5, "cross_attn": 1.2, "text_encoder": 0}``: an expression of `targets.matching` is about
-                layers of the denoiser (the last that matches counts, and 1 where none does), and a text encoder's
-                name, or "denoiser", about that part.
+                layers of the denoiser, and a text encoder's name, or "denoiser", about that part, with a number or a
+                table of its own. Of each layer the last entry about it counts, and 1 where there is none.
 
         Raises:
             SVDiffError: an unknown or repeated name, another number of weights than of names, or a group without
@@ -292,7 +293,11 @@ class Adapter:
         roles = {part.role for part in parts} | set(self._left_out)
         made = []
         for part in parts:
-            rows = [{name: _for_part(w, part, part is parts[0], roles) for name, w in row.items()} for row in mixes]
+            of_layers = partial(by_layer, paths=part.bank.layer_names, default=1.0, part=part.role, parts=roles)
+            rows = [
+                {name: of_layers(w.items()) if isinstance(w, Mapping) else w for name, w in row.items()}
+                for row in mixes
+            ]
             repeats = num_images_per_prompt if part.role == "denoiser" else 1  # a prompt is encoded once
             made.append((part, part.bank.make_mix(rows, repeats=repeats)))
         return made
@@ -305,16 +310,3 @@ class Adapter:
         if not self._parts:
             raise SVDiffError("this adapter has been unloaded: attach the model again")
         return self._parts
-
-
-def _for_part(
-    weight: Weight, part: AttachedModel, is_first: bool, roles: Collection[str]
-) -> float | Mapping[str, float]:
-    if not isinstance(weight, Mapping):
-        return weight
-    of_part = weight.get(part.role, {})
-    groups = {key: w for key, w in weight.items() if key not in roles} if is_first else {}
-    if not isinstance(of_part, Mapping):
-        groups, of_part = {"all": of_part, **groups}, {}
-    each: Any = {**groups, **of_part}
-    return layer_weights(each, part.bank.layer_names) if each else 1.0
