@@ -55,7 +55,6 @@ class Adapter:
         self._parts = list(parts)
         self._lot = lot
         self._left_out = left_out
-        self._is_fused = False
 
     def param_groups(
         self, lr: float = 1e-3, lr_1d: float = 1e-6, *, lr_text_encoder: float | None = None
@@ -263,7 +262,6 @@ class Adapter:
             for part in self._attached():
                 part.unfuse()
             raise
-        self._is_fused = True
 
     def unfuse(self) -> None:
         """Make the layers spectral again, to the bit what they were.
@@ -271,11 +269,10 @@ class Adapter:
         Raises:
             SVDiffError: nothing is fused.
         """
-        if not self._is_fused:
+        if not self._is_fused():
             raise SVDiffError("nothing is fused")
         for part in self._attached():
             part.unfuse()
-        self._is_fused = False
 
     def unload(self) -> None:
         """Give the original model back, to the bit; this adapter is of no more use then."""
@@ -302,8 +299,11 @@ class Adapter:
             made.append((part, part.bank.make_mix(rows, repeats=repeats)))
         return made
 
+    def _is_fused(self) -> bool:
+        return any(part.is_fused for part in self._attached())
+
     def _check_not_fused(self) -> None:
-        if self._is_fused:
+        if self._is_fused():
             raise SVDiffError("the adapter is fused into the model: unfuse it first")
 
     def _attached(self) -> list[AttachedModel]:
