@@ -7,7 +7,7 @@ noise that inversion finds in the picture, from the picture itself half noised, 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -24,7 +24,7 @@ from .latents import decoding_in_its_own_precision, encode, slerp
 from .outputs import run_directory, write_run_file
 from .pipelines import default_resolution, device_of_choice, load_pipeline, set_scheduler
 from .progress import progress_options
-from .sampling import grid, save_picture, slug
+from .sampling import Wanted, grid, save_picture, save_pictures, wanted_pictures
 from .termination import exit_if_told
 from .train import TrainConfig, train
 from .training.data import Picture, load_picture
@@ -110,33 +110,15 @@ def edit(config: EditConfig) -> EditResult:
         adapter = load(pipeline, shifts, cache=FactorCache(config.svd_cache_dir))
         adapter.set_adapters("default", config.spectral_shifts_scale)
         pipeline.to(device_of_choice())
-        prompts = [prompt for prompt in config.target_prompt for _ in range(config.num_images_per_prompt)]
-        seeds = [config.seed + i for i in range(len(prompts))]
-        names, drawn = [], []
-        for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-            exit_if_told()
-            drawn += edited(
-                pipeline,
-                [original],
-                [prompt],
-                [seed],
-                start_from=config.start_from,
-                eta=config.eta,
-                slerp_alpha=config.slerp_alpha,
-                strength=config.strength,
-                guidance_scale=config.guidance_scale,
-                num_inference_steps=config.num_inference_steps,
-            )
-            names.append(f"{i // config.num_images_per_prompt:03d}_{slug(prompt)}_seed{seed}.png")
-            save_picture(drawn[-1], staging / names[-1])
+        wanted = wanted_pictures(config.target_prompt, config.num_images_per_prompt, config.seed)
+        drawn = save_pictures(_drawn(config, pipeline, original, wanted), wanted, staging)
         save_picture(original, staging / "original.png")
         count = config.num_images_per_prompt
         rows = [[original, *drawn[i : i + count]] for i in range(0, len(drawn), count)]
         save_picture(grid([image for row in rows for image in row], count + 1), staging / "grid.png")
-        told = [{"file": n, "prompt": p, "seed": s} for n, p, s in zip(names, prompts, seeds, strict=True)]
-        write_run_file(staging, "edit", asdict(config), pictures=told)
+        write_run_file(staging, "edit", asdict(config), pictures=[asdict(picture) for picture in wanted])
     output_dir = Path(config.output_dir)
-    return EditResult(output_dir, [output_dir / name for name in names], output_dir / "grid.png")
+    return EditResult(output_dir, [output_dir / picture.file for picture in wanted], output_dir / "grid.png")
 
 
 def edited(
@@ -214,6 +196,23 @@ def _noise_in(
         return noise
     fresh = torch.stack([torch.randn(noise.shape[1:], generator=rng) for rng in generators])
     return slerp(slerp_alpha, noise, fresh.to(noise))
+
+
+def _drawn(config: EditConfig, pipeline: Any, original: Image.Image, wanted: Sequence[Wanted]) -> Iterator[Image.Image]:
+    for picture in wanted:
+        exit_if_told()
+        yield from edited(
+            pipeline,
+            [original],
+            [picture.prompt],
+            [picture.seed],
+            start_from=config.start_from,
+            eta=config.eta,
+            slerp_alpha=config.slerp_alpha,
+            strength=config.strength,
+            guidance_scale=config.guidance_scale,
+            num_inference_steps=config.num_inference_steps,
+        )
 
 
 def _learn(config: EditConfig, output_dir: Path) -> Path:
