@@ -24,7 +24,7 @@ from .latents import decoding_in_its_own_precision, encode, slerp
 from .outputs import run_directory, write_run_file
 from .pipelines import default_resolution, device_of_choice, load_pipeline, set_scheduler
 from .progress import progress_options
-from .sampling import Wanted, grid, save_picture, save_pictures, wanted_pictures
+from .sampling import WantedPicture, grid, save_picture, save_pictures, wanted_pictures
 from .termination import exit_if_told
 from .train import TrainConfig, train
 from .training.data import Picture, load_picture
@@ -204,7 +204,9 @@ def find_noise(
     return invert(pipeline, latents, prompts, num_inference_steps=num_inference_steps)
 
 
-def _drawn(config: EditConfig, pipeline: Any, original: Image.Image, wanted: Sequence[Wanted]) -> Iterator[Image.Image]:
+def _drawn(
+    config: EditConfig, pipeline: Any, original: Image.Image, wanted: Sequence[WantedPicture]
+) -> Iterator[Image.Image]:
     """The pictures in batches; what inversion finds depends on the prompt, not on the seed, and is looked for once."""
     found: dict[str, Tensor] = {}
     for start in range(0, len(wanted), config.batch_size):

@@ -15,13 +15,7 @@ from . import checkpoint
 from .attach import Form, load
 from .mixtures import named_paths, parse_mix
 from .outputs import run_directory, write_run_file
-from .pipelines import (
-    check_resolution,
-    default_resolution,
-    device_of_choice,
-    load_pipeline,
-    set_scheduler,
-)
+from .pipelines import check_resolution, default_resolution, device_of_choice, load_pipeline, set_scheduler
 from .sampling import grid, sample, save_picture, save_pictures, wanted_pictures
 
 FUSED_FROM = 50_000

@@ -88,7 +88,7 @@ def save_picture(image: Image.Image, path: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class WantedPicture:
     """A picture that a command is to draw, as its run file tells it.
 
     Attributes:
@@ -102,16 +102,16 @@ class Wanted:
     seed: int
 
 
-def wanted_pictures(prompts: Sequence[str], num_images_per_prompt: int, seed: int) -> list[Wanted]:
+def wanted_pictures(prompts: Sequence[str], num_images_per_prompt: int, seed: int) -> list[WantedPicture]:
     """So many pictures of each prompt, prompt by prompt; the first has this seed, the next has the next."""
     return [
-        Wanted(f"{i:03d}_{slug(prompt)}_seed{own}.png", prompt, own)
+        WantedPicture(f"{i:03d}_{slug(prompt)}_seed{own}.png", prompt, own)
         for i, prompt in enumerate(prompts)
         for own in range(seed + i * num_images_per_prompt, seed + (i + 1) * num_images_per_prompt)
     ]
 
 
-def save_pictures(images: Iterable[Image.Image], wanted: Sequence[Wanted], directory: Path) -> list[Image.Image]:
+def save_pictures(images: Iterable[Image.Image], wanted: Sequence[WantedPicture], directory: Path) -> list[Image.Image]:
     """Write pictures into a directory as they come; returns them."""
     drawn = []
     for image, picture in zip(images, wanted, strict=True):
