@@ -6,6 +6,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from svdiff_kernels.mix import Mix
 from . import checkpoint
 from .attached import AttachedModel
 from .parking import ParkingLot
-from .targets import layer_weights
+from .targets import by_layer
 
 Weight = float | Mapping[str, "float | Mapping[str, float]"]
 """How much of an adapter: everywhere, or by groups of layers."""
@@ -55,7 +56,6 @@ class Adapter:
         self._parts = list(parts)
         self._lot = lot
         self._left_out = left_out
-        self._is_fused = False
 
     def param_groups(
         self, lr: float = 1e-3, lr_1d: float = 1e-6, *, lr_text_encoder: float | None = None
@@ -164,8 +164,8 @@ class Adapter:
             names: adapters; an empty list is the base model.
             weights: one for all, or one each; 1 if None. A weight is a number; or numbers by groups of layers, such as
                 ``{"up": 0.5, "cross_attn": 1.2, "text_encoder": 0}``: an expression of `targets.matching` is about
-                layers of the denoiser (the last that matches counts, and 1 where none does), and a text encoder's
-                name, or "denoiser", about that part.
+                layers of the denoiser, and a text encoder's name, or "denoiser", about that part, with a number or a
+                table of its own. Of each layer the last entry about it counts, and 1 where there is none.
 
         Raises:
             SVDiffError: an unknown or repeated name, another number of weights than of names, or a group without
@@ -270,7 +270,6 @@ class Adapter:
             for part in self._attached():
                 part.unfuse()
             raise
-        self._is_fused = True
 
     def unfuse(self) -> None:
         """Make the layers spectral again, to the bit what they were.
@@ -278,11 +277,10 @@ class Adapter:
         Raises:
             SVDiffError: nothing is fused.
         """
-        if not self._is_fused:
+        if not self._is_fused():
             raise SVDiffError("nothing is fused")
         for part in self._attached():
             part.unfuse()
-        self._is_fused = False
 
     def unload(self) -> None:
         """Give the original model back, to the bit; this adapter is of no more use then."""
@@ -300,29 +298,23 @@ class Adapter:
         roles = {part.role for part in parts} | set(self._left_out)
         made = []
         for part in parts:
-            rows = [{name: _for_part(w, part, part is parts[0], roles) for name, w in row.items()} for row in mixes]
+            of_layers = partial(by_layer, paths=part.bank.layer_names, default=1.0, part=part.role, parts=roles)
+            rows = [
+                {name: of_layers(w.items()) if isinstance(w, Mapping) else w for name, w in row.items()}
+                for row in mixes
+            ]
             repeats = num_images_per_prompt if part.role == "denoiser" else 1  # a prompt is encoded once
             made.append((part, part.bank.make_mix(rows, repeats=repeats)))
         return made
 
+    def _is_fused(self) -> bool:
+        return any(part.is_fused for part in self._attached())
+
     def _check_not_fused(self) -> None:
-        if self._is_fused:
+        if self._is_fused():
             raise SVDiffError("the adapter is fused into the model: unfuse it first")
 
     def _attached(self) -> list[AttachedModel]:
         if not self._parts:
             raise SVDiffError("this adapter has been unloaded: attach the model again")
         return self._parts
-
-
-def _for_part(
-    weight: Weight, part: AttachedModel, is_first: bool, roles: Collection[str]
-) -> float | Mapping[str, float]:
-    if not isinstance(weight, Mapping):
-        return weight
-    of_part = weight.get(part.role, {})
-    groups = {key: w for key, w in weight.items() if key not in roles} if is_first else {}
-    if not isinstance(of_part, Mapping):
-        groups, of_part = {"all": of_part, **groups}, {}
-    each: Any = {**groups, **of_part}
-    return layer_weights(each, part.bank.layer_names) if each else 1.0

@@ -108,17 +108,22 @@ class AttachedModel:
             self._restore()
             raise
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether plain layers stand in for the spectral ones."""
+        return bool(self._fused)
+
     @torch.no_grad()
     def fuse(self) -> None:
         """Put plain layers in, whose weights are those of the present mix: the original's, and the shift in fp32."""
-        plain: dict[int, nn.Module] = {}
+        plain: dict[str, nn.Module] = {}
         sizes = {path: layer.rank * math.prod(layer.weight.shape) for path, layer in self._layers.items()}
         with arithmetic_bar(sum(sizes.values()), "Fusing", delay=3) as bar:
             for path, layer in self._layers.items():
-                plain[id(layer)] = layer.merge(self._original_weight(path))
+                plain[path] = layer.merge(self._original_weight(path))
                 bar.advance(sizes[path])
-        self._swap(plain)
-        self._fused = {path: plain[id(layer)] for path, layer in self._layers.items()}
+        self._fused = plain  # before the first of them is in the model, so that `unfuse` can take it out
+        self._swap({id(layer): plain[path] for path, layer in self._layers.items()})
 
     def unfuse(self) -> None:
         """Put the spectral layers back, just as they were (cast and moved, if the model has been since)."""

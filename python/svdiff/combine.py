@@ -21,7 +21,7 @@ from .attach import load
 from .checkpoint import DeltaFile
 from .outputs import run_directory, write_run_file
 from .pipelines import DTYPES, load_pipeline
-from .targets import matching
+from .targets import by_layer
 
 Operation = Literal["add", "scale", "subtract", "average", "interpolate", "style_mix"]
 Shares = Callable[[str, Collection[str]], Mapping[str, Sequence[float]]]
@@ -183,18 +183,11 @@ def _everywhere(shares: Sequence[float]) -> Shares:
 def _by_layer(weights: Sequence[float], groups: Sequence[Sequence[str]]) -> Shares:
     """All of the last input to whose groups a layer belongs; of the first where it belongs to none."""
 
+    entries = [(expression, i) for i, expressions in enumerate(groups, start=1) for expression in expressions]
+
     def shares(role: str, paths: Collection[str]) -> dict[str, list[float]]:
-        owner = dict.fromkeys(paths, 0)
-        for i, expressions in enumerate(groups, start=1):
-            for expression in expressions:
-                if expression in checkpoint.FILE_NAMES:
-                    owner |= dict.fromkeys(paths if expression == role else (), i)
-                elif role == "denoiser":
-                    found = matching(expression, paths, "layers")
-                    if not found:
-                        raise SVDiffError(f"layers {expression!r} matches no layer of these files")
-                    owner |= dict.fromkeys(found, i)
-        return {path: [weight if i == own else 0.0 for i, weight in enumerate(weights)] for path, own in owner.items()}
+        owners = by_layer(entries, paths, default=0, part=role, parts=checkpoint.FILE_NAMES)
+        return {path: [weight if i == own else 0.0 for i, weight in enumerate(weights)] for path, own in owners.items()}
 
     return shares
 

@@ -7,7 +7,7 @@ noise that inversion finds in the picture, from the picture itself half noised, 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,12 +19,12 @@ from torch import Tensor
 from svdiff_kernels import FactorCache, SVDiffError
 
 from .attach import load
-from .inversion import check_invertible, invert
+from .inversion import invert
 from .latents import decoding_in_its_own_precision, encode, slerp
 from .outputs import run_directory, write_run_file
 from .pipelines import default_resolution, device_of_choice, load_pipeline, set_scheduler
 from .progress import progress_options
-from .sampling import grid, save_picture, slug
+from .sampling import WantedPicture, grid, save_picture, save_pictures, wanted_pictures
 from .termination import exit_if_told
 from .train import TrainConfig, train
 from .training.data import Picture, load_picture
@@ -68,6 +68,7 @@ class EditConfig:
     guidance_scale: float = field(default=3.0, metadata={"help": "classifier-free guidance of the target prompt"})
     num_inference_steps: int = field(default=50, metadata={"help": "of DDIM, back and forth"})
     num_images_per_prompt: int = field(default=1, metadata={"help": "pictures of each target prompt"})
+    batch_size: int = field(default=4, metadata={"help": "pictures drawn at a time"})
     resolution: int | None = field(default=None, metadata={"help": "side in pixels; default: the model's"})
     seed: int = field(default=0, metadata={"help": "of learning, and of the first picture; the next has the next seed"})
     svd_cache_dir: str | None = field(
@@ -110,33 +111,15 @@ def edit(config: EditConfig) -> EditResult:
         adapter = load(pipeline, shifts, cache=FactorCache(config.svd_cache_dir))
         adapter.set_adapters("default", config.spectral_shifts_scale)
         pipeline.to(device_of_choice())
-        prompts = [prompt for prompt in config.target_prompt for _ in range(config.num_images_per_prompt)]
-        seeds = [config.seed + i for i in range(len(prompts))]
-        names, drawn = [], []
-        for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-            exit_if_told()
-            drawn += edited(
-                pipeline,
-                [original],
-                [prompt],
-                [seed],
-                start_from=config.start_from,
-                eta=config.eta,
-                slerp_alpha=config.slerp_alpha,
-                strength=config.strength,
-                guidance_scale=config.guidance_scale,
-                num_inference_steps=config.num_inference_steps,
-            )
-            names.append(f"{i // config.num_images_per_prompt:03d}_{slug(prompt)}_seed{seed}.png")
-            save_picture(drawn[-1], staging / names[-1])
+        wanted = wanted_pictures(config.target_prompt, config.num_images_per_prompt, config.seed)
+        drawn = save_pictures(_drawn(config, pipeline, original, wanted), wanted, staging)
         save_picture(original, staging / "original.png")
         count = config.num_images_per_prompt
         rows = [[original, *drawn[i : i + count]] for i in range(0, len(drawn), count)]
         save_picture(grid([image for row in rows for image in row], count + 1), staging / "grid.png")
-        told = [{"file": n, "prompt": p, "seed": s} for n, p, s in zip(names, prompts, seeds, strict=True)]
-        write_run_file(staging, "edit", asdict(config), pictures=told)
+        write_run_file(staging, "edit", asdict(config), pictures=[asdict(picture) for picture in wanted])
     output_dir = Path(config.output_dir)
-    return EditResult(output_dir, [output_dir / name for name in names], output_dir / "grid.png")
+    return EditResult(output_dir, [output_dir / picture.file for picture in wanted], output_dir / "grid.png")
 
 
 def edited(
@@ -146,6 +129,7 @@ def edited(
     seeds: Sequence[int],
     *,
     start_from: StartFrom = "inversion",
+    noise: Tensor | None = None,
     eta: float = 0.0,
     slerp_alpha: float = 0.0,
     strength: float = 0.6,
@@ -160,6 +144,7 @@ def edited(
         prompts: what each shall show.
         seeds: of each picture's noise, where there is any.
         start_from: see `EditConfig`.
+        noise: ``[B, C, h, w]``, what `find_noise` has found in the pictures, if it is known; of start_from inversion.
         eta: see `EditConfig`.
         slerp_alpha: see `EditConfig`.
         strength: see `EditConfig`.
@@ -169,11 +154,18 @@ def edited(
     Raises:
         SVDiffError: the pipeline cannot be inverted.
     """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    if start_from == "inversion":
+        if noise is None:
+            noise = find_noise(pipeline, images, prompts, num_inference_steps=num_inference_steps)
+        if slerp_alpha:
+            fresh = torch.stack([torch.randn(noise.shape[1:], generator=rng) for rng in generators])
+            noise = slerp(slerp_alpha, noise, fresh.to(noise))
     kept = pipeline.scheduler
     how: dict[str, Any] = {
         "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale,
-        "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+        "generator": generators,
     }
     try:
         if start_from == "image":
@@ -186,11 +178,7 @@ def edited(
                 set_scheduler(pipeline, "ddim")
                 how["eta"] = eta
             drawing = pipeline
-            how |= {"height": images[0].height, "width": images[0].width}
-            if start_from == "inversion":
-                how["latents"] = _noise_in(
-                    pipeline, images, prompts, how["generator"], slerp_alpha, num_inference_steps
-                )
+            how |= {"height": images[0].height, "width": images[0].width, "latents": noise}
         drawing.set_progress_bar_config(desc="Drawing", leave=False, **progress_options())
         with decoding_in_its_own_precision(pipeline.vae):
             return list(drawing(list(prompts), **how).images)
@@ -198,22 +186,50 @@ def edited(
         pipeline.scheduler = kept
 
 
-def _noise_in(
-    pipeline: Any,
-    images: Sequence[Image.Image],
-    prompts: Sequence[str],
-    generators: Sequence[torch.Generator],
-    slerp_alpha: float,
-    steps: int,
+def find_noise(
+    pipeline: Any, images: Sequence[Image.Image], prompts: Sequence[str], *, num_inference_steps: int = 50
 ) -> Tensor:
-    """What inversion finds in the pictures, turned towards fresh noise."""
-    check_invertible(pipeline)
+    """What inversion finds in pictures: noise ``[B, C, h, w]``, from which their prompts draw them again, or nearly so.
+
+    Args:
+        pipeline: see `edited`.
+        images: see `edited`.
+        prompts: see `edited`.
+        num_inference_steps: see `EditConfig`.
+
+    Raises:
+        SVDiffError: the pipeline cannot be inverted.
+    """
     latents, _ = encode(pipeline.vae, pipeline.image_processor.preprocess(list(images)))
-    noise = invert(pipeline, latents, prompts, num_inference_steps=steps)
-    if not slerp_alpha:
-        return noise
-    fresh = torch.stack([torch.randn(noise.shape[1:], generator=rng) for rng in generators])
-    return slerp(slerp_alpha, noise, fresh.to(noise))
+    return invert(pipeline, latents, prompts, num_inference_steps=num_inference_steps)
+
+
+def _drawn(
+    config: EditConfig, pipeline: Any, original: Image.Image, wanted: Sequence[WantedPicture]
+) -> Iterator[Image.Image]:
+    """The pictures in batches; what inversion finds depends on the prompt, not on the seed, and is looked for once."""
+    found: dict[str, Tensor] = {}
+    for start in range(0, len(wanted), config.batch_size):
+        exit_if_told()
+        batch = wanted[start : start + config.batch_size]
+        prompts = [picture.prompt for picture in batch]
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
+        if config.start_from == "inversion" and new:
+            noise = find_noise(pipeline, [original] * len(new), new, num_inference_steps=config.num_inference_steps)
+            found |= zip(new, noise, strict=True)
+        yield from edited(
+            pipeline,
+            [original] * len(batch),
+            prompts,
+            [picture.seed for picture in batch],
+            start_from=config.start_from,
+            noise=torch.stack([found[prompt] for prompt in prompts]) if found else None,
+            eta=config.eta,
+            slerp_alpha=config.slerp_alpha,
+            strength=config.strength,
+            guidance_scale=config.guidance_scale,
+            num_inference_steps=config.num_inference_steps,
+        )
 
 
 def _learn(config: EditConfig, output_dir: Path) -> Path:
@@ -247,7 +263,7 @@ def _check(config: EditConfig) -> None:
         raise SVDiffError("a prompt is empty: say what the picture shows, and what it shall show")
     if config.start_from not in get_args(StartFrom):
         raise SVDiffError(f"start_from {config.start_from!r} is not one of {', '.join(get_args(StartFrom))}")
-    for name in ("num_images_per_prompt", "num_inference_steps", "max_train_steps", "train_batch_size"):
+    for name in ("num_images_per_prompt", "batch_size", "num_inference_steps", "max_train_steps", "train_batch_size"):
         if getattr(config, name) < 1:
             raise SVDiffError(f"{name} must be at least 1, not {getattr(config, name)}")
     for name in ("eta", "slerp_alpha", "strength"):

@@ -21,7 +21,7 @@ from .pipelines import (
     load_pipeline,
     set_scheduler,
 )
-from .sampling import grid, sample, save_picture, slug
+from .sampling import grid, sample, save_picture, save_pictures, wanted_pictures
 
 FUSED_FROM = 50_000
 """Latent pixels that the denoiser computes with one mix, from which it is faster to fuse it first.
@@ -116,18 +116,17 @@ def generate(config: GenerateConfig) -> GenerateResult:
             pipeline.to(DTYPES[config.dtype])  # after the shifts: factors are made from fp32 weights
 
         count = config.num_images_per_prompt
-        prompts = [prompt for prompt in config.prompt for _ in range(count)]
-        latent_pixels = math.prod(resolution) / pipeline.vae_scale_factor**2 * len(prompts)
+        wanted = wanted_pictures(config.prompt, count, config.seed)
+        latent_pixels = math.prod(resolution) / pipeline.vae_scale_factor**2 * len(wanted)
         if adapter is not None and all(mix == mixes[0] for mix in mixes):
             adapter.set_adapters(list(mixes[0]), list(mixes[0].values()))
             if config.form == "auto" and latent_pixels * config.num_inference_steps >= FUSED_FROM:
                 adapter.fuse()
             adapter = None
-        seeds = [config.seed + i for i in range(len(prompts))]
         images = sample(
             pipeline,
-            prompts,
-            seeds,
+            [picture.prompt for picture in wanted],
+            [picture.seed for picture in wanted],
             batch_size=config.batch_size,
             num_inference_steps=config.num_inference_steps,
             guidance_scale=config.guidance_scale,
@@ -136,19 +135,11 @@ def generate(config: GenerateConfig) -> GenerateResult:
             adapter=adapter,
             mixes=[mix for mix in mixes for _ in range(count)],
         )
-        drawn, names = [], []
-        for i, (image, prompt, seed) in enumerate(zip(images, prompts, seeds, strict=True)):
-            names.append(f"{i // count:03d}_{slug(prompt)}_seed{seed}.png")
-            save_picture(image, staging / names[-1])
-            drawn.append(image)
+        drawn = save_pictures(images, wanted, staging)
         save_picture(grid(drawn, count if len(config.prompt) > 1 else min(count, 8)), staging / "grid.png")
-        pictures = [
-            {"file": name, "prompt": prompt, "seed": seed}
-            for name, prompt, seed in zip(names, prompts, seeds, strict=True)
-        ]
-        write_run_file(staging, "generate", asdict(config), pictures=pictures)
+        write_run_file(staging, "generate", asdict(config), pictures=[asdict(picture) for picture in wanted])
     output_dir = Path(config.output_dir)
-    return GenerateResult(output_dir, [output_dir / name for name in names], output_dir / "grid.png")
+    return GenerateResult(output_dir, [output_dir / picture.file for picture in wanted], output_dir / "grid.png")
 
 
 def _check(config: GenerateConfig) -> list[dict[str, float]]:

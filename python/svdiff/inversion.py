@@ -38,7 +38,10 @@ def invert(
     Raises:
         SVDiffError: the model flows along straight lines, for which there is no such sampler.
     """
-    check_invertible(pipeline)
+    if not hasattr(pipeline, "unet") or type(pipeline.scheduler).__name__.startswith("FlowMatch"):
+        raise SVDiffError(
+            f"a {type(pipeline).__name__} cannot be inverted by DDIM: start from the image, or from noise"
+        )
     from diffusers import DDIMInverseScheduler
 
     kept, factor = pipeline.scheduler, pipeline.vae_scale_factor
@@ -61,11 +64,3 @@ def invert(
     finally:
         pipeline.scheduler = kept
     return noise
-
-
-def check_invertible(pipeline: Any) -> None:
-    """Raises SVDiffError if the pipeline has no DDIM sampler to follow back."""
-    if not hasattr(pipeline, "unet") or type(pipeline.scheduler).__name__.startswith("FlowMatch"):
-        raise SVDiffError(
-            f"a {type(pipeline).__name__} cannot be inverted by DDIM: start from the image, or from noise"
-        )

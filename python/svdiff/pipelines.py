@@ -50,7 +50,7 @@ def load_pipeline(name_or_path: str, *, revision: str | None = None, variant: st
         SVDiffError: no such model, files missing, or a weight that holds NaN or inf.
     """
     if name_or_path == "miniature":
-        from svdiff.miniature import load_pipeline as load_miniature
+        from .miniature import load_pipeline as load_miniature
 
         with _quiet_loading():
             pipeline: Any = load_miniature()
@@ -132,9 +132,8 @@ def side_multiple(pipeline: Any) -> int:
 
 def default_resolution(pipeline: Any) -> int:
     """Side in pixels of the square pictures that the denoiser was trained on."""
-    side = (
-        getattr(denoiser_of(pipeline).config, "sample_size", None) or pipeline.default_sample_size
-    )  # FLUX has no first
+    own = getattr(denoiser_of(pipeline).config, "sample_size", None)
+    side = own or pipeline.default_sample_size  # FLUX's transformer tells none
     return int(side * pipeline.vae_scale_factor)
 
 

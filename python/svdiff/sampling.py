@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +85,39 @@ def save_picture(image: Image.Image, path: Path) -> None:
     partial = path.with_name(f".{path.name}.partial")
     image.save(partial, format="PNG")
     partial.replace(path)
+
+
+@dataclass(frozen=True)
+class WantedPicture:
+    """A picture that a command is to draw, as its run file tells it.
+
+    Attributes:
+        file: its name in the output directory.
+        prompt: what it shall show.
+        seed: of its noise.
+    """
+
+    file: str
+    prompt: str
+    seed: int
+
+
+def wanted_pictures(prompts: Sequence[str], num_images_per_prompt: int, seed: int) -> list[WantedPicture]:
+    """So many pictures of each prompt, prompt by prompt; the first has this seed, the next has the next."""
+    return [
+        WantedPicture(f"{i:03d}_{slug(prompt)}_seed{own}.png", prompt, own)
+        for i, prompt in enumerate(prompts)
+        for own in range(seed + i * num_images_per_prompt, seed + (i + 1) * num_images_per_prompt)
+    ]
+
+
+def save_pictures(images: Iterable[Image.Image], wanted: Sequence[WantedPicture], directory: Path) -> list[Image.Image]:
+    """Write pictures into a directory as they come; returns them."""
+    drawn = []
+    for image, picture in zip(images, wanted, strict=True):
+        save_picture(image, directory / picture.file)
+        drawn.append(image)
+    return drawn
 
 
 def slug(text: str, length: int = 40) -> str:

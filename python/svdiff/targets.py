@@ -1,9 +1,10 @@
-"""Which modules of a model get spectral shifts."""
+"""Which modules of a model get spectral shifts, and which of them a setting by groups of layers is about."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -20,6 +21,8 @@ SUBSETS = {
     "down": r"^down_blocks?\.",
     "mid": r"^mid_block\.",
 }
+
+V = TypeVar("V")
 
 _MATRICES = (nn.Linear, nn.Conv2d)
 _ONE_DIM = (nn.LayerNorm, nn.GroupNorm)
@@ -80,23 +83,40 @@ def matching(expression: str, paths: Collection[str], setting: str) -> list[str]
     return [path for path in paths if found.search(path)]
 
 
-def layer_weights(weights: Mapping[str, float], paths: Collection[str]) -> dict[str, float]:
-    """The weight of each layer: that of the last expression which it matches, 1 if it matches none.
+def by_layer(
+    entries: Iterable[tuple[str, V | Mapping[str, V]]],
+    paths: Collection[str],
+    default: V,
+    *,
+    part: str,
+    parts: Collection[str],
+) -> dict[str, V]:
+    """The value of each layer of a part of a pipeline: of the last entry that is about it.
 
     Args:
-        weights: by expression for `matching`.
+        entries: a name of `parts`, with a value for the whole part or a table by expressions for `matching`; or such an
+            expression, which is about the denoiser, or the only part.
         paths: of the layers.
+        default: the value of a layer that no entry is about.
+        part: whose layers they are.
+        parts: all that there are.
 
     Raises:
         SVDiffError: see `matching`; or an expression matches nothing.
     """
-    each = dict.fromkeys(paths, 1.0)
-    for expression, weight in weights.items():
-        found = matching(expression, paths, "layers")
-        if not found:
-            raise SVDiffError(f"layers {expression!r} matches no adapted layer (subsets: {', '.join(SUBSETS)})")
-        each |= dict.fromkeys(found, float(weight))
-    return each
+    takes_expressions = part == "denoiser" or len(parts) == 1
+    values = dict.fromkeys(paths, default)
+    for name, value in entries:
+        if name == part:
+            table: Mapping[str, Any] = value if isinstance(value, Mapping) else {"all": value}
+        else:
+            table = {name: value} if takes_expressions and name not in parts else {}
+        for expression, one in table.items():
+            found = matching(expression, paths, "layers")
+            if not found:
+                raise SVDiffError(f"layers {expression!r} matches no adapted layer (subsets: {', '.join(SUBSETS)})")
+            values |= dict.fromkeys(found, one)
+    return values
 
 
 def _level(level: int, paths: Collection[str]) -> str:

@@ -13,6 +13,7 @@ import pytest
 import svdiff
 import torch
 import torch.nn.functional as F
+from svdiff.attached import AttachedModel
 from svdiff.pipelines import load_pipeline
 from tiny import assert_unchanged, output, snapshot, tiny_text_encoder, tiny_unet, unet_inputs
 from torch import Tensor, nn
@@ -488,6 +489,8 @@ def test_fusing_gives_a_plain_model_and_unfusing_takes_it_back(form: Any, dtype:
     adapter.fuse()
     adapter.unload()
     assert_unchanged(unet, before)
+    with pytest.raises(SVDiffError, match="unloaded"):
+        adapter.set_adapters([])
 
 
 def test_a_fused_model_can_be_cast_and_comes_back(unet: Any) -> None:
@@ -511,6 +514,23 @@ def test_fusing_that_fails_leaves_nothing_fused(base: Path, monkeypatch: pytest.
     with pytest.raises(MemoryError):
         adapter.fuse()
     assert {path: type(module) for path, module in pipeline.unet.named_modules()} == kinds
+    adapter.set_adapters([])
+
+
+def test_fusing_that_is_interrupted_leaves_nothing_fused(unet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = svdiff.attach(unet)
+    kinds = {path: type(module) for path, module in unet.named_modules()}
+    swap = AttachedModel._swap
+
+    def swap_and_stop(*args: Any) -> None:
+        monkeypatch.undo()
+        swap(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(AttachedModel, "_swap", swap_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        adapter.fuse()
+    assert {path: type(module) for path, module in unet.named_modules()} == kinds
     adapter.set_adapters([])
 
 

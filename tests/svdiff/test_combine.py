@@ -195,7 +195,7 @@ def test_what_is_clamped_is_told(
         ({"operation": "interpolate", "weights": [1.0, 1.0]}, "takes steps, no weights"),
         ({"operation": "style_mix"}, "layers: 0 expressions; style_mix of 2 takes 1"),
         ({"layers": ["up"]}, "layers: 1 expressions; add of 2 takes 0"),
-        ({"operation": "style_mix", "layers": ["sideways"]}, "'sideways' matches no layer"),
+        ({"operation": "style_mix", "layers": ["sideways"]}, "'sideways' matches no adapted layer"),
         ({"operation": "style_mix", "layers": ["("]}, "neither a subset nor a regular expression"),
         ({"spectral_shifts_ckpt": ["dog", "nowhere"]}, "no delta file"),
     ],

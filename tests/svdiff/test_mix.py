@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -129,8 +130,8 @@ def test_calls_from_two_threads_have_mixtures_of_their_own(
     drawn: dict[int, list[np.ndarray]] = {0: [], 1: [], 2: []}
 
     def work(i: int) -> None:
-        own = type(pipeline)(**pipeline.components | {"scheduler": type(pipeline.scheduler).from_config(
-            pipeline.scheduler.config)})  # fmt: skip
+        stateful = {name: copy.deepcopy(getattr(pipeline, name)) for name in ("scheduler", "tokenizer")}
+        own = type(pipeline)(**pipeline.components | stateful)
         own.set_progress_bar_config(disable=True)
         for _ in range(3):
             if i == 2:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from svdiff.targets import layer_weights, matching, select
+from svdiff.targets import by_layer, matching, select
 from torch import nn
 
 from svdiff_kernels import SVDiffError
@@ -104,9 +104,22 @@ def test_levels_are_the_blocks_of_one_resolution() -> None:
         matching("level0", ["blocks.0.to_q"], "layers")
 
 
-def test_the_last_group_that_matches_gives_the_weight() -> None:
+def test_the_last_entry_that_is_about_a_layer_gives_the_value() -> None:
     paths = ["up_blocks.0.attn2.to_q", "up_blocks.0.conv", "mid_block.conv"]
-    assert layer_weights({"up": 0.5, "cross_attn": 2}, paths) == dict(zip(paths, (2.0, 0.5, 1.0), strict=True))
-    assert layer_weights({"cross_attn": 2, "all": 0}, paths) == dict.fromkeys(paths, 0.0)
-    with pytest.raises(SVDiffError, match="'down' matches no adapted layer"):
-        layer_weights({"down": 1}, paths)
+
+    def values(table: dict[str, Any], part: str = "denoiser", parts: tuple[str, ...] = ("denoiser", "te")) -> list[Any]:
+        found = by_layer(table.items(), paths, 1.0, part=part, parts=parts)
+        assert list(found) == paths
+        return list(found.values())
+
+    assert values({"up": 0.5, "cross_attn": 2}) == [2, 0.5, 1]
+    assert values({"cross_attn": 2, "all": 0}) == [0, 0, 0]
+    assert values({"up": 0.5, "denoiser": {"cross_attn": 2}, "te": 3}) == [2, 0.5, 1]
+    assert values({"up": 0.5, "mid": 3, "denoiser": {"up": 2}}) == [2, 2, 3]
+    assert values({"denoiser": 0, "up": 0.5}) == [0.5, 0.5, 0]
+    assert values({"up": 0.5, "denoiser": 0}) == [0, 0, 0]
+    assert values({"up": 0.5, "te": {"mid": 2}}, part="te") == [1, 1, 2]
+    assert values({"up": 0.5}, part="te", parts=("te",)) == [0.5, 0.5, 1]
+    for table in ({"down": 1}, {"denoiser": {"down": 1}}, {"text_encoder_9": 1}):
+        with pytest.raises(SVDiffError, match="matches no adapted layer"):
+            values(table)
