@@ -3,8 +3,8 @@
 On the miniature, judged by its recogniser, for several seeds; each leaves a JSON file in the folder, and what is there
 is not run again.
 
-- mixing: two subjects and a style (blueprint), each trained by itself; then in one batch, added, interpolated, and mixed
-  by groups of layers.
+- mixing: two subjects and a style (on blue paper), each trained by itself; then in one batch, added, interpolated, and
+  mixed by groups of layers.
 - editing: pictures, each learnt by itself; one attribute of each is changed by words, from several kinds of noise.
 """
 

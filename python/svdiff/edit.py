@@ -19,10 +19,10 @@ from torch import Tensor
 from svdiff_kernels import FactorCache, SVDiffError
 
 from .attach import load
-from .inversion import invert
+from .inversion import check_invertible, invert
 from .latents import decoding_in_its_own_precision, encode, slerp
 from .outputs import run_directory, write_run_file
-from .pipelines import default_resolution, device_of_choice, load_pipeline, set_scheduler
+from .pipelines import default_resolution, device_of_choice, listed_classes, load_pipeline, set_scheduler
 from .progress import progress_options
 from .sampling import WantedPicture, grid, save_picture, save_pictures, wanted_pictures
 from .termination import exit_if_told
@@ -276,6 +276,8 @@ def _check(config: EditConfig) -> None:
     if config.start_from == "image" and config.eta:
         raise SVDiffError("eta belongs to start_from inversion or noise, not image")
     load_picture(_picture(config), [(64, 64)])  # a damaged one need not wait for the model to load
+    if config.start_from == "inversion":
+        check_invertible(listed_classes(config.pretrained_model_name_or_path))  # before learning
 
 
 def _picture(config: EditConfig) -> Picture:

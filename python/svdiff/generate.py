@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from svdiff_kernels import SVDiffError
+from svdiff_kernels import FactorCache, SVDiffError
 
 from . import checkpoint
 from .attach import Form, load
@@ -70,6 +70,9 @@ class GenerateConfig:
         default="auto",
         metadata={"help": "how spectral layers compute; auto fuses one mix for all into the weights if that is faster"},
     )
+    svd_cache_dir: str | None = field(
+        default=None, metadata={"help": "where decompositions are kept; default: $SVDIFF_CACHE or the user's cache"}
+    )
     revision: str | None = field(default=None, metadata={"help": "branch, tag or commit on the hub"})
     variant: str | None = field(default=None, metadata={"help": "of the weight files, such as fp16"})
     overwrite: bool = field(default=False, metadata={"help": "replace an earlier run in output_dir"})
@@ -110,7 +113,10 @@ def generate(config: GenerateConfig) -> GenerateResult:
             raise SVDiffError(f"negative_prompt: a {type(pipeline).__name__} is guided without one")
         if config.scheduler_type is not None:
             set_scheduler(pipeline, config.scheduler_type)
-        adapter = load(pipeline, named_paths(config.spectral_shifts_ckpt or []), form=config.form) if mixes else None
+        adapter = None
+        if mixes:
+            paths = named_paths(config.spectral_shifts_ckpt or [])
+            adapter = load(pipeline, paths, form=config.form, cache=FactorCache(config.svd_cache_dir))
         pipeline.to(device)
         if config.dtype != "fp32":
             pipeline.to(DTYPES[config.dtype])  # after the shifts: factors are made from fp32 weights

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from svdiff_kernels import SVDiffError
 
+from .pipelines import classes_of
 from .progress import progress_options
 
 
@@ -38,10 +39,7 @@ def invert(
     Raises:
         SVDiffError: the model flows along straight lines, for which there is no such sampler.
     """
-    if not hasattr(pipeline, "unet") or type(pipeline.scheduler).__name__.startswith("FlowMatch"):
-        raise SVDiffError(
-            f"a {type(pipeline).__name__} cannot be inverted by DDIM: start from the image, or from noise"
-        )
+    check_invertible(classes_of(pipeline))
     from diffusers import DDIMInverseScheduler
 
     kept, factor = pipeline.scheduler, pipeline.vae_scale_factor
@@ -64,3 +62,9 @@ def invert(
     finally:
         pipeline.scheduler = kept
     return noise
+
+
+def check_invertible(classes: Mapping[str, str]) -> None:
+    """Raises SVDiffError if a pipeline of these `pipelines.classes_of` has no DDIM sampler to follow back."""
+    if "unet" not in classes or classes["scheduler"].startswith("FlowMatch"):
+        raise SVDiffError(f"a {classes['pipeline']} cannot be inverted by DDIM: start from the image, or from noise")

@@ -56,30 +56,44 @@ def load_pipeline(name_or_path: str, *, revision: str | None = None, variant: st
             pipeline: Any = load_miniature()
         pipeline.register_to_config(_name_or_path=name_or_path)  # what delta files call their base
         return pipeline
-    folder = Path(name_or_path).expanduser()
-    if not name_or_path.strip():
-        raise SVDiffError("the name of the pretrained model is empty: give a folder, a hub id, or miniature")
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
-        raise SVDiffError(f"{folder} is no diffusers pipeline: it has no model_index.json")
-
     from diffusers import DiffusionPipeline
 
-    where = str(folder) if folder.is_dir() else name_or_path
-    try:
-        with _quiet_loading():
-            listed = DiffusionPipeline.load_config(where, revision=revision)
-            left_out: dict[str, Any] = {part: None for part, kind in listed.items() if kind == [None, None]}
-            if "safety_checker" in listed:
-                left_out |= {"safety_checker": None, "requires_safety_checker": False}
-            pipeline = DiffusionPipeline.from_pretrained(
-                where, revision=revision, variant=variant, torch_dtype=torch.float32, use_safetensors=True, **left_out
-            )
-    except Exception as error:  # whatever a damaged folder makes of the loaders of three libraries
-        raise SVDiffError(f"cannot load the model {name_or_path}: {' '.join(str(error).split())}") from error
+    where = _place_of(name_or_path)
+    with _loading(name_or_path):
+        listed = DiffusionPipeline.load_config(where, revision=revision)
+        left_out: dict[str, Any] = {part: None for part, kind in listed.items() if kind == [None, None]}
+        if "safety_checker" in listed:
+            left_out |= {"safety_checker": None, "requires_safety_checker": False}
+        pipeline = DiffusionPipeline.from_pretrained(
+            where, revision=revision, variant=variant, torch_dtype=torch.float32, use_safetensors=True, **left_out
+        )
     for part in (*DENOISERS, *TEXT_ENCODERS, "vae"):
         if isinstance(module := getattr(pipeline, part, None), nn.Module):
             _check_finite(part, module)
     return pipeline
+
+
+def classes_of(pipeline: Any) -> dict[str, str]:
+    """The class names of a pipeline's parts, and its own as ``pipeline``."""
+    parts = {name: type(part).__name__ for name, part in pipeline.components.items() if part is not None}
+    return {**parts, "pipeline": type(pipeline).__name__}
+
+
+def listed_classes(name_or_path: str) -> dict[str, str]:
+    """`classes_of` what `load_pipeline` would load, without its weights.
+
+    Raises:
+        SVDiffError: see `load_pipeline`.
+    """
+    if name_or_path == "miniature":
+        return classes_of(load_pipeline(name_or_path))
+    from diffusers import DiffusionPipeline
+
+    where = _place_of(name_or_path)
+    with _loading(name_or_path):
+        listed = DiffusionPipeline.load_config(where)
+    parts = {name: kind[1] for name, kind in listed.items() if isinstance(kind, list) and kind[1]}
+    return {**parts, "pipeline": listed["_class_name"]}
 
 
 def set_scheduler(pipeline: Any, scheduler_type: str) -> None:
@@ -167,6 +181,26 @@ def device_of_choice(device: str = "auto") -> torch.device:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise SVDiffError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def _place_of(name_or_path: str) -> str:
+    """The folder of a model, or its hub id."""
+    folder = Path(name_or_path).expanduser()
+    if not name_or_path.strip():
+        raise SVDiffError("the name of the pretrained model is empty: give a folder, a hub id, or miniature")
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise SVDiffError(f"{folder} is no diffusers pipeline: it has no model_index.json")
+    return str(folder) if folder.is_dir() else name_or_path
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Within, whatever a damaged folder makes of the loaders of three libraries is one error, and there is no noise."""
+    try:
+        with _quiet_loading():
+            yield
+    except Exception as error:
+        raise SVDiffError(f"cannot load the model {name}: {' '.join(str(error).split())}") from error
 
 
 @contextmanager

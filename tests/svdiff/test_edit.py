@@ -155,7 +155,10 @@ def test_mistakes_leave_nothing(config: EditConfig, changes: dict[str, Any], mes
     assert not [path for path in Path(config.output_dir).parent.iterdir() if path.name != "photo.png"]
 
 
-def test_a_flow_has_no_ddim(base_of: Any) -> None:
+def test_a_flow_has_no_ddim(base_of: Any, config: EditConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("svdiff.edit"), "train", lambda _: pytest.fail("nothing is learnt"))
+    with pytest.raises(SVDiffError, match="StableDiffusion3Pipeline cannot be inverted"):
+        edit(replace(config, pretrained_model_name_or_path=str(base_of("sd3 without t5"))))
     pipeline = load_pipeline(str(base_of("sd3 without t5")))
     image = Image.fromarray(np.full((16, 16, 3), 200, dtype=np.uint8))
     with pytest.raises(SVDiffError, match="StableDiffusion3Pipeline cannot be inverted"):
