@@ -109,7 +109,8 @@ def generate(config: GenerateConfig) -> GenerateResult:
         side = default_resolution(pipeline)
         resolution = config.height or side, config.width or side
         check_resolution(pipeline, *resolution)
-        if config.negative_prompt is not None and type(pipeline).__name__.startswith("Flux"):
+        is_flux = type(pipeline).__name__.startswith("Flux")
+        if config.negative_prompt is not None and is_flux:
             raise SVDiffError(f"negative_prompt: a {type(pipeline).__name__} is guided without one")
         if config.scheduler_type is not None:
             set_scheduler(pipeline, config.scheduler_type)
@@ -124,6 +125,8 @@ def generate(config: GenerateConfig) -> GenerateResult:
         count = config.num_images_per_prompt
         wanted = wanted_pictures(config.prompt, count, config.seed)
         latent_pixels = math.prod(resolution) / pipeline.vae_scale_factor**2 * len(wanted)
+        if not is_flux and (config.guidance_scale is None or config.guidance_scale > 1):
+            latent_pixels *= 2  # classifier-free guidance computes each with the prompt and without
         if adapter is not None and all(mix == mixes[0] for mix in mixes):
             adapter.set_adapters(list(mixes[0]), list(mixes[0].values()))
             if config.form == "auto" and latent_pixels * config.num_inference_steps >= FUSED_FROM:

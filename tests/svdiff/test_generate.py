@@ -114,7 +114,7 @@ def test_one_mix_for_much_work_is_fused(
     factored = generate(config).pictures[0]
     assert not fused
     module = importlib.import_module("svdiff.generate")
-    work = 3 * (RESOLUTION // 2) ** 2
+    work = 2 * 3 * (RESOLUTION // 2) ** 2  # with the prompt and without, in three steps
     monkeypatch.setattr(module, "FUSED_FROM", work)
     generate(replace(config, form="factored", output_dir=str(tmp_path / "asked")))
     assert not fused
@@ -123,6 +123,8 @@ def test_one_mix_for_much_work_is_fused(
     assert np.abs(pixels(whole) - pixels(factored)).max() <= 1
     monkeypatch.setattr(module, "FUSED_FROM", work + 1)
     generate(replace(config, output_dir=str(tmp_path / "too little")))
+    monkeypatch.setattr(module, "FUSED_FROM", work)
+    generate(replace(config, guidance_scale=1.0, output_dir=str(tmp_path / "without guidance")))
     assert len(fused) == 1
 
 

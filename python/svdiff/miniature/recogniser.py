@@ -26,8 +26,8 @@ _MIN_AREA = 24  # pixels; smaller specks are noise
 _SUBJECT_AGREEMENT = 0.65
 
 _COLOR_NAMES = tuple(COLORS)
-_PALETTE = np.array(list(COLORS.values()), dtype=np.float32)
-_PALETTE -= _PALETTE.mean(-1, keepdims=True)  # without their gray
+_COLORS = np.array(list(COLORS.values()), dtype=np.float32)  # [colors, 3]
+_PALETTE = _COLORS - _COLORS.mean(-1, keepdims=True)  # without their gray
 _HUES = _PALETTE / np.linalg.norm(_PALETTE, axis=-1, keepdims=True)  # [colors, 3], unit vectors
 
 Array = npt.NDArray[np.float32]
@@ -62,7 +62,10 @@ def read(image: Image.Image) -> Reading:
     grounds = {("", name): color for name, color in BACKGROUNDS.items()}
     grounds |= {("blueprint", name): color for name, color in BLUEPRINT.items()}
     paper, background = min(grounds, key=lambda key: float(np.abs(ground - np.array(grounds[key])).sum()))
-    foreground = np.linalg.norm(pixels - ground, axis=-1) > _FOREGROUND
+    contrast = np.linalg.norm(pixels - ground, axis=-1)
+    foreground = contrast > _FOREGROUND
+    if paper:  # on which the VAE, which has never seen it, leaves stains
+        foreground &= contrast > 0.7 * np.linalg.norm(pixels[..., None, :] - _COLORS, axis=-1).min(-1)
     labels, count = ndimage.label(foreground, structure=np.ones((3, 3)))
     seen, filled = [], []
     for k in range(1, count + 1):
