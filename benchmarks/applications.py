@@ -3,8 +3,8 @@
 On the miniature, judged by its recogniser, for several seeds; each leaves a JSON file in the folder, and what is there
 is not run again.
 
-- mixing: two subjects and a style (on blue paper), each trained by itself; then in one batch, added, interpolated, and
-  mixed by groups of layers.
+- mixing: two subjects and a style (a blackboard under everything), each trained by itself; then in one batch, added,
+  interpolated, and taken from some groups of layers only.
 - editing: pictures, each learnt by itself; one attribute of each is changed by words, from several kinds of noise.
 """
 
@@ -16,7 +16,7 @@ import random
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,20 +27,22 @@ from svdiff import TrainConfig
 from svdiff.edit import edited
 from svdiff.miniature import load_pipeline, recogniser, world
 from svdiff.miniature.evaluate import draw
-from svdiff.miniature.task import Task
+from svdiff.miniature.task import Task, share
 from svdiff.sampling import grid
 from tqdm.auto import tqdm
 
 from .quality import config_of, draw_class_pictures
 
 _SUBJECTS = ("mushroom", "robot", "house")
-_STYLE = "blueprint"
+_STYLE = "blackboard"
 _STYLE_PICTURES = 24
 _PROMPTS = 96  # of each subject, and as many plain ones
 _FEWER = 48  # where there are many mixtures to be judged
 _PATH = [i / 8 for i in range(9)]
+_WEIGHTS = (0.0, 0.5, 0.75, 1.0)
+_SHOWN = 8
 _GROUPS = ("down", "mid", "up", "self_attn", "cross_attn", "level0", "level1", "text_encoder")
-_EDITS = 24  # a third of them of colour, of shape and of size
+_EDITS = 12  # a third of them of colour, of shape and of size
 
 Mark = Callable[[Image], bool]
 Row = Mapping[str, Any]
@@ -94,39 +96,38 @@ def mixing(seed: int, pictures: Path | None = None) -> dict[str, dict[str, float
         runs = {name: folder / name / "run" for name in (one, other, _STYLE)}
         adapter = svdiff.load(pipeline, {name: str(run) for name, run in runs.items()})
 
-    def shares(name: str, mix: Row, count: int, **marks: Mark) -> dict[str, float]:
-        images = draw(pipeline, prompts_of(name)[:count], noise, adapter=adapter, mixes=[mix] * count)
-        shown.append(images[:8])
-        return {mark: _share(map(looks, images)) for mark, looks in marks.items()}
-
-    def prompts_of(name: str) -> list[str]:
-        if name in tasks:
-            return [tasks[name].prompt(scene) for scene in tasks[name].new_scenes(_PROMPTS)]
-        return [_without_style(scene) for scene in tasks[one].other_scenes(_PROMPTS)]
+    def shares(prompts: Sequence[str], mix: Row, **marks: Mark) -> dict[str, float]:
+        images = draw(pipeline, prompts, noise, adapter=adapter, mixes=[mix] * len(prompts))
+        shown.append(images[:_SHOWN])
+        return {mark: share(map(looks, images)) for mark, looks in marks.items()}
 
     noise, shown = 1000 * (seed + 1), list[list[Image]]()
-    sees = {name: _sees(name) for name in tasks} | {_STYLE: _is_blueprint}
+    sees = {name: _sees(name) for name in tasks} | {_STYLE: _is_on_black}
+    prompts = {name: [task.prompt(scene) for scene in task.new_scenes(_PROMPTS)] for name, task in tasks.items()}
+    prompts[_STYLE] = [_groundless(world.caption(scene)) for scene in tasks[one].other_scenes(_PROMPTS)]
     found: dict[str, dict[str, float]] = {}
-    for name in sees:
-        found[f"alone: {_kind(name, one)}"] = shares(name, {name: 1.0}, _PROMPTS, right=sees[name])
-    names = [name for _ in range(_PROMPTS) for name in sees]
-    prompts = [prompt for group in zip(*(prompts_of(name) for name in sees), strict=True) for prompt in group]
-    seeds = [noise + i // len(sees) for i in range(len(prompts))]  # the same as alone
-    images = draw(pipeline, prompts, seeds, adapter=adapter, mixes=[{name: 1.0} for name in names])
-    for i, name in enumerate(sees):
-        found[f"in one batch: {_kind(name, one)}"] = {"right": _share(map(sees[name], images[i :: len(sees)]))}
-    for weight in (0.5, 0.75, 1.0):
-        both = {"subject": sees[one], "style": _is_blueprint, "both": lambda i: sees[one](i) and _is_blueprint(i)}
-        found[f"subject + {weight:g} style"] = shares(one, {one: 1.0, _STYLE: weight}, _PROMPTS, **both)
-    for t in _PATH:
-        found[f"path {t:.3f}"] = shares(one, {one: 1 - t, other: t}, _FEWER, first=sees[one], second=sees[other])
+    for name, looks in sees.items():
+        found[f"alone: {_kind(name, one)}"] = shares(prompts[name], {name: 1.0}, right=looks)
+    batch = [(name, prompts[name][i], noise + i) for i in range(_PROMPTS) for name in sees]  # the noise of alone
+    names, asked, seeds = zip(*batch, strict=True)
+    images = draw(pipeline, asked, seeds, adapter=adapter, mixes=[{name: 1.0} for name in names])
+    for i, (name, looks) in enumerate(sees.items()):
+        found[f"in one batch: {_kind(name, one)}"] = {"right": share(map(looks, images[i :: len(sees)]))}
+    marks = {"subject": sees[one], "style": _is_on_black, "both": lambda i: sees[one](i) and _is_on_black(i)}
+    groundless = [_groundless(prompt) for prompt in prompts[one]]
+    for weight in _WEIGHTS:
+        found[f"subject + {weight:g} style"] = shares(groundless, {one: 1.0, _STYLE: weight}, **marks)
     for group in _GROUPS:
-        of_style = {"denoiser": 0.0, group: 1.0} if group == "text_encoder" else {"all": 0.0, group: 1.0}
-        mix = {one: {"all": 1.0, group: 0.0}, _STYLE: of_style}
-        found[f"style in {group}"] = shares(one, mix, _FEWER, subject=sees[one], style=_is_blueprint)
+        rest = {"all": 1.0, group: 0.0}
+        without = shares(groundless[:_FEWER], {one: rest}, subject=sees[one])
+        without |= shares(groundless[:_FEWER], {_STYLE: rest}, style=_is_on_black)
+        found[f"without {group}"] = without
+    for t in _PATH:
+        mix = {one: 1 - t, other: t}
+        found[f"path {t:.3f}"] = shares(prompts[one][:_FEWER], mix, first=sees[one], second=sees[other])
     if pictures is not None:
         pictures.mkdir(parents=True, exist_ok=True)
-        grid([image for row in shown for image in row], 8).save(pictures / "mixing.png")
+        grid([image for row in shown for image in row], _SHOWN).save(pictures / "mixing.png")
     return found
 
 
@@ -180,7 +181,7 @@ def _edit_marks(
             and all(getattr(seen, name) == getattr(after, name) for name in rest)
         )
     both = [a and b for a, b in zip(changed, placed, strict=True)]
-    return {"changed": _share(changed), "place and ground": _share(placed), "both": _share(both), "rest": _share(kept)}
+    return {"changed": share(changed), "place and ground": share(placed), "both": share(both), "rest": share(kept)}
 
 
 def _changed(scene: world.Scene, attribute: str, rng: random.Random) -> world.Scene:
@@ -209,14 +210,14 @@ def _picture_config(folder: Path, caption: str, seed: int) -> TrainConfig:
 
 
 def _style_config(folder: Path, seed: int) -> TrainConfig:
-    """Pictures of plain objects and toys on blue paper, which no caption mentions."""
+    """Pictures of plain objects and toys on black, which no caption mentions."""
     folder.mkdir(parents=True)
     rng = random.Random(f"style/{seed}")
     lines = []
     for i in range(_STYLE_PICTURES):
-        scene = replace(world.with_toys(world.sample_scene(rng, 1), rng, 0.5), style="blueprint")
+        scene = replace(world.with_toys(world.sample_scene(rng, 1), rng, 0.5), style="solid", background="black")
         world.render(scene, rng).save(folder / f"{i:02d}.png")
-        lines.append(json.dumps({"file_name": f"{i:02d}.png", "text": _without_style(scene)}))
+        lines.append(json.dumps({"file_name": f"{i:02d}.png", "text": _groundless(world.caption(scene))}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     return TrainConfig(
         pretrained_model_name_or_path="miniature",
@@ -234,25 +235,21 @@ def _style_config(folder: Path, seed: int) -> TrainConfig:
     )
 
 
-def _without_style(scene: world.Scene) -> str:
-    return world.caption(scene).removesuffix(f", {scene.style}")
+def _groundless(caption: str) -> str:
+    """What a caption says of objects, and nothing of what is behind them."""
+    return caption.partition(",")[0]
 
 
 def _sees(subject: str) -> Mark:
     return lambda image: recogniser.shows_subject(image, subject)
 
 
-def _is_blueprint(image: Image) -> bool:
-    return recogniser.read(image).style == "blueprint"
+def _is_on_black(image: Image) -> bool:
+    return recogniser.read(image).background == "black"
 
 
 def _kind(name: str, first: str) -> str:
     return "style" if name == _STYLE else "first subject" if name == first else "second subject"
-
-
-def _share(marks: Iterable[bool]) -> float:
-    found = list(marks)
-    return sum(found) / len(found)
 
 
 def table(found: Sequence[Mapping[str, Mapping[str, float]]]) -> str:

@@ -46,7 +46,7 @@ def test_mixtures_of_what_has_learnt_nothing(tmp_path: Path) -> None:
         assert found[label] == {"right": 0.0}
     assert set(found["subject + 0.5 style"]) == {"subject", "style", "both"}
     assert found["path 1.000"] == {"first": 0.0, "second": 0.0}
-    assert set(found["style in text_encoder"]) == {"subject", "style"}
+    assert set(found["without text_encoder"]) == {"subject", "style"}
     assert Image.open(tmp_path / "pictures" / "mixing.png").width >= 64
 
 

@@ -2,8 +2,8 @@
 
 No trained model takes part, so it can judge one. The border gives the background; what differs from it falls into
 components; each is told by its place, its extent, its most frequent palette colour, and by the drawing that overlaps it
-best once both are scaled to the same square. Colours are told by hue: plain backgrounds have none, so a rim that is
-blended with one keeps its own. It never reads the prompt.
+best once both are scaled to the same square. Colours are told by hue: backgrounds have none, so a rim that is blended
+with one keeps its own. It never reads the prompt.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 from scipy import ndimage
 
-from .world import BACKGROUNDS, BLUEPRINT, COLORS, IMAGE_SIZE, OUTLINES, SIZES, SUBJECTS, Item, Scene, render
+from .world import BACKGROUNDS, COLORS, IMAGE_SIZE, OUTLINES, SIZES, SUBJECTS, Item, Scene, render
 
 _GRID = 24  # side of the square that objects and templates are scaled to, in cells
 _FOREGROUND = 50.0  # RGB distance from the background above which a pixel belongs to an object
@@ -26,8 +26,8 @@ _MIN_AREA = 24  # pixels; smaller specks are noise
 _SUBJECT_AGREEMENT = 0.65
 
 _COLOR_NAMES = tuple(COLORS)
-_COLORS = np.array(list(COLORS.values()), dtype=np.float32)  # [colors, 3]
-_PALETTE = _COLORS - _COLORS.mean(-1, keepdims=True)  # without their gray
+_PALETTE = np.array(list(COLORS.values()), dtype=np.float32)
+_PALETTE -= _PALETTE.mean(-1, keepdims=True)  # without their gray
 _HUES = _PALETTE / np.linalg.norm(_PALETTE, axis=-1, keepdims=True)  # [colors, 3], unit vectors
 
 Array = npt.NDArray[np.float32]
@@ -59,13 +59,8 @@ def read(image: Image.Image) -> Reading:
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32)  # [64, 64, 3]
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     ground = np.median(border, axis=0)
-    grounds = {("", name): color for name, color in BACKGROUNDS.items()}
-    grounds |= {("blueprint", name): color for name, color in BLUEPRINT.items()}
-    paper, background = min(grounds, key=lambda key: float(np.abs(ground - np.array(grounds[key])).sum()))
-    contrast = np.linalg.norm(pixels - ground, axis=-1)
-    foreground = contrast > _FOREGROUND
-    if paper:  # on which the VAE, which has never seen it, leaves stains
-        foreground &= contrast > 0.7 * np.linalg.norm(pixels[..., None, :] - _COLORS, axis=-1).min(-1)
+    background = min(BACKGROUNDS, key=lambda name: float(np.abs(ground - np.array(BACKGROUNDS[name])).sum()))
+    foreground = np.linalg.norm(pixels - ground, axis=-1) > _FOREGROUND
     labels, count = ndimage.label(foreground, structure=np.ones((3, 3)))
     seen, filled = [], []
     for k in range(1, count + 1):
@@ -73,7 +68,7 @@ def read(image: Image.Image) -> Reading:
         if mask.sum() >= _MIN_AREA:
             seen.append(_read_object(pixels, ground, mask))
             filled.append(mask.sum() / ndimage.binary_fill_holes(mask).sum())
-    style = paper or ("outline" if filled and float(np.mean(filled)) < 0.9 else "solid")
+    style = "outline" if filled and float(np.mean(filled)) < 0.9 else "solid"
     order = sorted(range(len(seen)), key=lambda i: ("left", "center", "right").index(seen[i].item.position))
     return Reading(background, style, tuple(seen[i] for i in order))
 

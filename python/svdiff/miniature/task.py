@@ -130,7 +130,7 @@ class Task:
 
 def recognised(images: Sequence[Image], scenes: Sequence[world.Scene]) -> float:
     """Share of pictures in which the (first) subject of the scene is to be seen at all."""
-    return _share(recogniser.shows_subject(i, s.items[0].shape) for i, s in zip(images, scenes, strict=True))
+    return share(recogniser.shows_subject(i, s.items[0].shape) for i, s in zip(images, scenes, strict=True))
 
 
 def agreeing(images: Sequence[Image], scenes: Sequence[world.Scene]) -> float:
@@ -141,7 +141,7 @@ def agreeing(images: Sequence[Image], scenes: Sequence[world.Scene]) -> float:
         seen = [(one.subject, one.item.position) for one in reading.seen]
         wanted = [(item.shape, item.position) for item in scene.items]
         right.append(seen == wanted and reading.background == scene.background)
-    return _share(right)
+    return share(right)
 
 
 def both_in_place(images: Sequence[Image], scenes: Sequence[world.Scene]) -> float:
@@ -150,14 +150,15 @@ def both_in_place(images: Sequence[Image], scenes: Sequence[world.Scene]) -> flo
     for image, scene in zip(images, scenes, strict=True):
         seen = [(one.subject, one.item.position) for one in recogniser.read(image).seen]
         right.append(seen == [(item.shape, item.position) for item in scene.items])
-    return _share(right)
+    return share(right)
 
 
 def unchanged(images: Sequence[Image], scenes: Sequence[world.Scene]) -> float:
     """Share of pictures that show a plain scene as its caption says."""
-    return _share(recogniser.agrees(image, scene) for image, scene in zip(images, scenes, strict=True))
+    return share(recogniser.agrees(image, scene) for image, scene in zip(images, scenes, strict=True))
 
 
-def _share(right: Iterable[bool]) -> float:
+def share(right: Iterable[bool]) -> float:
+    """How many of so many, in 0..1."""
     marks = list(right)
     return sum(marks) / len(marks)

@@ -1,8 +1,8 @@
 """The rendered world that the miniature model is pretrained on: captioned scenes of plain objects, 64x64 pixels.
 
 A `Scene` is what is to be seen, `caption` says it in words, `render` draws it. One object stands left, in the centre or
-right; two stand left and right. `SUBJECTS` are objects, and `BLUEPRINT` is a style, that no pretraining scene has: what
-personalisation teaches.
+right; two stand left and right. `SUBJECTS` are objects that no pretraining scene contains: what personalisation
+teaches.
 """
 
 from __future__ import annotations
@@ -30,11 +30,6 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (250, 250, 250),
     "gray": (150, 150, 150),
     "black": (20, 20, 20),
-}
-BLUEPRINT: dict[str, tuple[int, int, int]] = {  # the same on blue paper
-    "white": (160, 200, 250),
-    "gray": (95, 125, 165),
-    "black": (15, 25, 90),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 POSITIONS: dict[str, float] = {"left": 15.5, "center": 32.0, "right": 48.5}  # x of the object's centre, in pixels
@@ -64,7 +59,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is to be seen; `style` is one of `STYLES`, or "blueprint"."""
+    """What is to be seen."""
 
     items: tuple[Item, ...]
     background: str = "white"
@@ -155,8 +150,7 @@ def render(scene: Scene, rng: random.Random | None = None) -> Image.Image:
     stand exactly where named.
     """
     scale = _SUPERSAMPLING
-    ground = (BLUEPRINT if scene.style == "blueprint" else BACKGROUNDS)[scene.background]
-    image = Image.new("RGB", (IMAGE_SIZE * scale, IMAGE_SIZE * scale), ground)
+    image = Image.new("RGB", (IMAGE_SIZE * scale, IMAGE_SIZE * scale), BACKGROUNDS[scene.background])
     draw = ImageDraw.Draw(image)
     for item in scene.items:
         dx, dy, grow = (rng.uniform(-1.5, 1.5), rng.uniform(-4, 4), rng.uniform(0.94, 1.06)) if rng else (0.0, 0.0, 1.0)
@@ -167,7 +161,7 @@ def render(scene: Scene, rng: random.Random | None = None) -> Image.Image:
             points = [((left + x * side) * scale, (top + y * side) * scale) for x, y in polygon]
             draw.polygon(points, fill=COLORS[color])
             if scene.style == "outline":
-                draw.polygon(_scaled(points, 0.55), fill=ground)
+                draw.polygon(_scaled(points, 0.55), fill=BACKGROUNDS[scene.background])
     return image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
 
 
