@@ -224,7 +224,7 @@ def _style_config(folder: Path, seed: int) -> TrainConfig:
         instance_data_dir=str(folder),
         instance_prompt="a picture",  # of what metadata.jsonl does not name
         output_dir=str(folder / "run"),
-        max_train_steps=300,
+        max_train_steps=200,
         checkpointing_steps=1000,
         learning_rate=5e-3,
         learning_rate_1d=5e-3,
