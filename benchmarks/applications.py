@@ -122,6 +122,8 @@ def mixing(seed: int, pictures: Path | None = None) -> dict[str, dict[str, float
         without = shares(groundless[:_FEWER], {one: rest}, subject=sees[one])
         without |= shares(groundless[:_FEWER], {_STYLE: rest}, style=_is_on_black)
         found[f"without {group}"] = without
+    apart = {one: {"all": 1.0, "down": 0.0}, _STYLE: {"all": 1.0, "up": 0.0}}
+    found["subject but down + style but up"] = shares(groundless, apart, **marks)
     for t in _PATH:
         mix = {one: 1 - t, other: t}
         found[f"path {t:.3f}"] = shares(prompts[one][:_FEWER], mix, first=sees[one], second=sees[other])
