@@ -20,8 +20,12 @@ from .adapter import Clamped
 from .attach import load
 from .checkpoint import DeltaFile
 from .outputs import run_directory, write_run_file
-from .pipelines import DTYPES, load_pipeline
+from .pipelines import DTYPES, default_resolution, device_of_choice, load_pipeline
+from .sampling import grid, sample, save_picture
 from .targets import by_layer
+
+_GRID = "grid.png"
+_BATCH = 4
 
 Operation = Literal["add", "scale", "subtract", "average", "interpolate", "style_mix"]
 Shares = Callable[[str, Collection[str]], Mapping[str, Sequence[float]]]
@@ -58,6 +62,13 @@ class CombineConfig:
     pretrained_model_name_or_path: str | None = field(
         default=None, metadata={"help": "the base: count the singular values that the result would clamp at zero"}
     )
+    prompt: list[str] | None = field(
+        default=None,
+        metadata={"help": "draw these by the base: grid.png has a row for each, a column for each input and result"},
+    )
+    num_inference_steps: int = field(default=50, metadata={"help": "of the pictures"})
+    guidance_scale: float | None = field(default=None, metadata={"help": "of the pictures; default: the pipeline's"})
+    seed: int = field(default=0, metadata={"help": "of the noise of the first row; the next row has the next seed"})
     svd_cache_dir: str | None = field(
         default=None, metadata={"help": "where decompositions are kept; default: $SVDIFF_CACHE or the user's cache"}
     )
@@ -70,10 +81,12 @@ class CombineResult:
     Attributes:
         folders: with delta files; several of a path.
         clamped: of each of them, if the base was given.
+        grid: the pictures, if there were prompts.
     """
 
     folders: list[Path]
     clamped: list[Clamped]
+    grid: Path | None = None
 
     def __str__(self) -> str:
         told = [
@@ -81,7 +94,7 @@ class CombineResult:
             f"{one.lost:.2%} of what the shifts would move"
             for folder, one in zip(self.folders, self.clamped, strict=False)
         ]
-        return "\n".join(told or map(str, self.folders))
+        return "\n".join([*(told or map(str, self.folders)), *([f"pictures: {self.grid}"] if self.grid else [])])
 
 
 def combine(config: CombineConfig) -> CombineResult:
@@ -108,10 +121,13 @@ def combine(config: CombineConfig) -> CombineResult:
                 file = staging / name / checkpoint.FILE_NAMES[role]
                 content[file] = checkpoint.encode(deltas, layout, roles, {"recipe": recipe}, DTYPES[config.dtype])
             checkpoint.write(content)
-        clamped = _clamped(config, [staging / name for name in recipes])
+        clamped = _seen_with_base(config, staging, recipes)
         told = {"clamped": [asdict(one) for one in clamped]} if clamped else {}
         write_run_file(staging, "combine", asdict(config), folders=list(recipes), **told)
-    return CombineResult([Path(config.output_dir) / name for name in recipes], clamped)
+    output_dir = Path(config.output_dir)
+    return CombineResult(
+        [output_dir / name for name in recipes], clamped, output_dir / _GRID if config.prompt else None
+    )
 
 
 def blend(
@@ -165,6 +181,12 @@ def _check(config: CombineConfig, weights: Sequence[float]) -> None:
         raise SVDiffError(f"weights: {len(weights)} numbers for {count} of spectral_shifts_ckpt")
     if not all(map(math.isfinite, weights)):
         raise SVDiffError(f"weights: {weights} are not all finite")
+    if config.prompt and config.pretrained_model_name_or_path is None:
+        raise SVDiffError("prompt: pictures need pretrained_model_name_or_path, which draws them")
+    if config.prompt is not None and not (config.prompt and all(prompt.strip() for prompt in config.prompt)):
+        raise SVDiffError("a prompt is empty: say what to draw")
+    if config.num_inference_steps < 1:
+        raise SVDiffError(f"num_inference_steps must be at least 1, not {config.num_inference_steps}")
     if operation == "average" and not sum(weights):
         raise SVDiffError("weights of an average must not add up to 0")
     if operation == "interpolate" and config.weights is not None:
@@ -205,13 +227,33 @@ def _origin(path: str, files: Iterable[DeltaFile]) -> dict[str, str]:
     return {"name": Path(path).absolute().name, "sha256": digest.hexdigest()}
 
 
-def _clamped(config: CombineConfig, folders: Sequence[Path]) -> list[Clamped]:
+def _seen_with_base(config: CombineConfig, staging: Path, names: Collection[str]) -> list[Clamped]:
+    """What each result clamps, and pictures of all, if the base is known."""
     if config.pretrained_model_name_or_path is None:
         return []
     pipeline = load_pipeline(config.pretrained_model_name_or_path)
-    adapter = load(pipeline, folders[0], cache=FactorCache(config.svd_cache_dir), lazy=True)
-    found = []
-    for folder in folders:
-        adapter.load_weights(folder)
-        found.append(adapter.clamped())
-    return found
+    results = {f"result {name}": staging / name for name in names}
+    inputs = {f"input {i}": path for i, path in enumerate(config.spectral_shifts_ckpt)}
+    columns = (
+        inputs | results if config.prompt and config.operation != "interpolate" else results
+    )  # a path has its ends
+    adapter = load(pipeline, columns, cache=FactorCache(config.svd_cache_dir), lazy=not config.prompt)
+    if config.prompt:
+        side = default_resolution(pipeline)
+        pipeline.to(device_of_choice())
+        rows = [(prompt, config.seed + i) for i, prompt in enumerate(config.prompt)]
+        wanted = [(prompt, seed, {name: 1.0}) for prompt, seed in rows for name in columns]
+        prompts, seeds, mixes = zip(*wanted, strict=True)
+        images = sample(
+            pipeline,
+            prompts,
+            seeds,
+            batch_size=_BATCH,
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+            resolution=(side, side),
+            adapter=adapter,
+            mixes=mixes,
+        )
+        save_picture(grid(list(images), len(columns)), staging / _GRID)
+    return [adapter.clamped(name) for name in results]

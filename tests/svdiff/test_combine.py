@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import svdiff
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from svdiff import CombineConfig, combine
@@ -181,9 +183,48 @@ def test_what_is_clamped_is_told(
     assert adapter.clamped() == type(clamped)(0, total, 0.0)
 
 
+@pytest.mark.parametrize(("operation", "columns"), [("interpolate", 3), ("add", 3)])
+def test_pictures_of_what_was_combined(
+    shifts: dict[str, str], base: Path, tmp_path: Path, operation: str, columns: int
+) -> None:
+    prompts, seed, steps = ["a dog", "a cat"], 3, 2
+    result = run(
+        [shifts["dog"], shifts["cat"]],
+        tmp_path / "out",
+        operation=operation,
+        steps=3,
+        pretrained_model_name_or_path=str(base),
+        prompt=prompts,
+        num_inference_steps=steps,
+        seed=seed,
+    )
+    assert result.grid == tmp_path / "out" / "grid.png" and len(result.clamped) == len(result.folders)
+    pictures = np.asarray(Image.open(result.grid)).astype(int)
+    side = pictures.shape[0] // len(prompts)
+    assert pictures.shape == (2 * side, columns * side, 3)
+    first = [shifts["dog"], shifts["cat"], str(result.folders[0])] if operation == "add" else map(str, result.folders)
+    for column, path in enumerate(first):
+        alone = svdiff.generate(
+            svdiff.GenerateConfig(
+                str(base),
+                prompts,
+                output_dir=str(tmp_path / f"alone{column}"),
+                spectral_shifts_ckpt=[path],
+                num_inference_steps=steps,
+                seed=seed,
+            )
+        )
+        expected = np.concatenate([np.asarray(Image.open(picture)).astype(int) for picture in alone.pictures])
+        assert np.abs(pictures[:, column * side : (column + 1) * side] - expected).max() <= 2
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"prompt": ["a dog"]}, "pictures need pretrained_model_name_or_path"),
+        ({"prompt": [" "], "pretrained_model_name_or_path": "miniature"}, "a prompt is empty"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be at least 1"),
+        ({"dtype": "fp8"}, "dtype 'fp8' is not one of fp32"),
         ({"operation": "multiply"}, "operation 'multiply' is not one of add"),
         ({"operation": "scale"}, "takes 1 of spectral_shifts_ckpt, not 2"),
         ({"operation": "subtract", "spectral_shifts_ckpt": ["dog"]}, "takes 2 or more"),
