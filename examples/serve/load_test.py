@@ -3,7 +3,8 @@
     python examples/serve/load_test.py --output benchmarks/results/serve.jsonl
 
 Good requests mix adapters of random shifts on the miniature; each picture is compared with one that is drawn alone, in
-this process. One request in twenty is malformed or hostile.
+this process. One request in twenty is malformed or hostile. What each server holds in memory is read after a round that
+is not counted, in which its allocators take what they keep, and at the end of each run.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ import argparse
 import asyncio
 import io
 import json
+import os
 import pickle
 import random
+import secrets
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,23 +50,29 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Put the server under load.")
     parser.add_argument("--requests", type=int, default=200, help="of each run")
     parser.add_argument("--at_once", type=int, nargs="+", default=[1, 8, 32], help="requests under way, by run")
+    parser.add_argument(
+        "--replicas", type=int, nargs="+", default=[1, 2], help="by server: 1 is app.py; more, so many of cluster.py"
+    )
     parser.add_argument("--output", type=Path, help="also write JSON lines to this file")
     options = parser.parse_args()
     lines, wrong = [], []
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        settings = Settings("miniature", folder / "adapters", most_adapters=8)
+        settings = Settings("miniature", Path(place) / "adapters", most_adapters=8)
         jobs, expected = prepare(settings)
-        with _server(settings) as (address, pid):
-            for at_once in options.at_once:
-                line, mistakes = asyncio.run(_load(address, pid, jobs, expected, options.requests, at_once, settings))
-                lines.append(line)
-                wrong += mistakes
-                print(
-                    f"{at_once:3} at once: {line['pictures_per_s']:.2f} pictures/s, "
-                    f"p50 {line['p50']:.2f} s, p95 {line['p95']:.2f} s, {line['resident_mb']:.0f} MB, "
-                    f"{line['good']} right, {line['bad']} refused, {len(mistakes)} wrong"
-                )
+        for replicas in options.replicas:
+            with server(settings, replicas) as (address, pids):
+                for at_once in [max(options.at_once), *(n for n in options.at_once if n >= replicas)]:
+                    line, mistakes = asyncio.run(
+                        _load(address, pids, jobs, expected, options.requests, at_once, settings)
+                    )
+                    lines.append(line)
+                    wrong += mistakes
+                    print(
+                        f"{replicas} x, {at_once:3} at once: {line['pictures_per_s']:.2f} pictures/s, "
+                        f"p50 {line['p50']:.2f} s, p95 {line['p95']:.2f} s, "
+                        f"{line['resident_mb']:.0f} MB, grown by {line['grown_mb']:.1f}, "
+                        f"{line['good']} right, {line['bad']} refused, {len(mistakes)} wrong"
+                    )
     for mistake in wrong:
         print(mistake, file=sys.stderr)
     if options.output:
@@ -91,32 +100,40 @@ def prepare(settings: Settings) -> tuple[list[Job], list[np.ndarray]]:
 
 
 @contextmanager
-def _server(settings: Settings) -> Any:
+def server(settings: Settings, replicas: int, *flags: str) -> Iterator[tuple[str, set[int]]]:
+    """Its address, and the processes that draw; `flags` are more of cluster.py's."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, str(Path(__file__).with_name("app.py")), "--adapters", str(settings.adapters)]
-    command += ["--most_adapters", str(settings.most_adapters), "--port", str(port), "--model", settings.model]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(600):
-            try:
-                httpx.get(f"{address}/health").raise_for_status()
-                break
-            except httpx.HTTPError:
-                if process.poll() is not None:
-                    raise SystemExit("the server did not start") from None
-                time.sleep(0.2)
-        yield address, process.pid
-    finally:
-        process.terminate()
-        process.wait(30)
+    command = [sys.executable, str(Path(__file__).with_name("app.py" if replicas == 1 else "cluster.py")), *flags]
+    command += ["--adapters", str(settings.adapters), "--most_adapters", str(settings.most_adapters)]
+    command += ["--port", str(port), "--model", settings.model]
+    if replicas > 1:
+        command += ["--replicas", str(replicas)]
+    with tempfile.TemporaryDirectory(prefix="ray-") as place, Path(place, "log").open("w+") as log:
+        own = {"RAY_TMPDIR": place, "RAY_AUTH_TOKEN": secrets.token_hex()}  # nothing of it in the home folder
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | own)
+        address, pids = f"http://127.0.0.1:{port}", set()
+        try:
+            give_up = time.monotonic() + 180
+            while len(pids) < replicas:
+                if process.poll() is not None or time.monotonic() > give_up:
+                    log.seek(0)
+                    raise SystemExit(f"the server did not start:\n{log.read()}")
+                try:
+                    reply = httpx.get(f"{address}/health").raise_for_status()
+                    pids.add(int(reply.headers.get("x-replica", f":{process.pid}").rpartition(":")[2]))
+                except httpx.HTTPError:
+                    time.sleep(0.2)
+            yield address, pids
+        finally:
+            process.terminate()
+            process.wait(60)
 
 
 async def _load(
     address: str,
-    pid: int,
+    pids: Collection[int],
     jobs: Sequence[Job],
     expected: Sequence[np.ndarray],
     requests: int,
@@ -125,7 +142,7 @@ async def _load(
 ) -> tuple[dict[str, Any], list[str]]:
     refusals = hostile(settings)
     gate, seconds, mistakes, bad = asyncio.Semaphore(at_once), [], [], 0
-    before = _resident(pid)
+    before = _resident(pids)
 
     async def good(client: httpx.AsyncClient, i: int) -> None:
         job = jobs[i % len(jobs)]
@@ -162,9 +179,17 @@ async def _load(
     if len(uploaded) != ADAPTERS:
         mistakes.append(f"the folder has {len(uploaded)} adapters, not {ADAPTERS}")
     cuts = statistics.quantiles(seconds, n=20)
-    line = {"at_once": at_once, "requests": requests, "good": len(seconds), "bad": bad, "wrong": len(mistakes)}
+    line = {
+        "replicas": len(pids),
+        "at_once": at_once,
+        "requests": requests,
+        "good": len(seconds),
+        "bad": bad,
+        "wrong": len(mistakes),
+    }
     line |= {"pictures_per_s": len(seconds) / wall, "p50": cuts[9], "p95": cuts[18]}
-    return line | {"resident_mb": _resident(pid) / 1e6, "resident_before_mb": before / 1e6}, mistakes
+    after = _resident(pids)
+    return line | {"resident_mb": after / 1e6, "grown_mb": (after - before) / 1e6}, mistakes
 
 
 def hostile(settings: Settings) -> list[tuple[str, dict[str, Any]]]:
@@ -208,9 +233,9 @@ def files_of(settings: Settings, name: str) -> dict[str, Path]:
     return {part: path for part, path in files.items() if path.exists()}
 
 
-def _resident(pid: int) -> float:
-    text = Path(f"/proc/{pid}/status").read_text()
-    return 1024.0 * next(int(line.split()[1]) for line in text.splitlines() if line.startswith("VmRSS"))
+def _resident(pids: Collection[int]) -> float:
+    lines = [line for pid in pids for line in Path(f"/proc/{pid}/status").read_text().splitlines()]
+    return 1024.0 * sum(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
 
 
 if __name__ == "__main__":
