@@ -73,7 +73,7 @@ class Replica:
 
 
 def build(cluster: Cluster) -> serve.Application:
-    """The application, for `serve run cluster:build model=... adapters=... replicas=2`."""
+    """The application, for `serve run`."""
     settings = Settings(cluster.model, cluster.adapters.resolve(), cluster.most_adapters, cluster.batch)
     return Replica.options(
         max_ongoing_requests=2 * cluster.batch,  # one batch is drawn, the next one waits
@@ -107,7 +107,8 @@ def main() -> None:
     http = {"host": options.pop("host"), "port": options.pop("port")}
     address = options.pop("address")
     cluster = Cluster(**options)
-    ray.init(address, include_dashboard=False)
+    here = {"working_dir": str(Path(__file__).parent)}  # other machines get these files from this one
+    ray.init(address, include_dashboard=False, runtime_env=None if address == "local" else here)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         serve.start(http_options=http)
