@@ -120,11 +120,13 @@ def create_app(settings: Settings) -> FastAPI:
         return {"adapter": name}
 
     @app.get("/adapters")
-    async def adapters() -> dict[str, list[str]]:
+    def adapters() -> dict[str, list[str]]:
         return {"there": app.state.store.names(), "in memory": app.state.store.loaded()}
 
     @app.get("/health")
     async def health() -> dict[str, str]:
+        if not app.state.batcher.healthy:
+            raise HTTPException(503, "nothing can be drawn any more: restart this server")
         return {"status": "ready"}
 
     return app

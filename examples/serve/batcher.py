@@ -67,12 +67,19 @@ class Batcher:
         self._waiting: deque[_Waiting] = deque()
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, "draw")
-        self._sizes: list[int] = []
+        self._sizes: deque[int] = deque(maxlen=1000)
+        self._drawing = False
+        self._failed = 0  # batches in a row, by more than a refusal
+
+    @property
+    def healthy(self) -> bool:
+        """Whether pictures can be expected: `run` runs, and of the last three batches one did not break down."""
+        return self._drawing and self._failed < 3
 
     @property
     def sizes(self) -> list[int]:
-        """Of the batches so far."""
-        return self._sizes
+        """Of the latest batches."""
+        return list(self._sizes)
 
     async def submit(self, job: Job) -> Image.Image:
         """The picture of a job, when it is drawn.
@@ -89,6 +96,7 @@ class Batcher:
 
     async def run(self) -> None:
         """Draw what comes, until cancelled."""
+        self._drawing = True
         try:
             while True:
                 await self._arrived.wait()
@@ -99,7 +107,9 @@ class Batcher:
                 loop = asyncio.get_running_loop()
                 try:
                     pictures = await loop.run_in_executor(self._thread, self._draw, [w.job for w in batch])
+                    self._failed = 0
                 except Exception as error:  # belongs to those who asked, not to the loop
+                    self._failed = 0 if isinstance(error, SVDiffError) else self._failed + 1
                     for waiting in batch:
                         if not waiting.picture.done():
                             waiting.picture.set_exception(error)
@@ -108,6 +118,7 @@ class Batcher:
                     if not waiting.picture.done():
                         waiting.picture.set_result(picture)
         finally:
+            self._drawing = False
             self._thread.shutdown(wait=False)
 
     async def _next_batch(self) -> list[_Waiting]:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import io
+import shutil
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import load_test
 import numpy as np
 import pytest
+import torch
 from app import Settings, create_app
 from batcher import Batcher, Job
 from fastapi.testclient import TestClient
 from PIL import Image
+from safetensors.torch import save
 from store import AdapterStore
 
 from svdiff_kernels import SVDiffError
@@ -72,6 +76,31 @@ def test_too_many_are_refused_at_once() -> None:
     answers, _ = run(lambda jobs: [j.prompt for j in jobs], [job(str(i)) for i in range(5)], queue=3)
     assert answers[:3] == ["0", "1", "2"]
     assert all(isinstance(answer, SVDiffError) for answer in answers[3:])
+
+
+def test_the_server_is_unwell_when_three_batches_break_down_in_a_row() -> None:
+    healthy: list[bool] = []
+
+    def draw(jobs: Sequence[Job]) -> list[str]:
+        if jobs[0].prompt == "breaks":
+            raise RuntimeError("the device is gone")
+        if jobs[0].prompt == "refused":
+            raise SVDiffError("no")
+        return [j.prompt for j in jobs]
+
+    async def main() -> None:
+        batcher = Batcher(cast(Any, draw), patience=0)
+        assert not batcher.healthy
+        drawing = asyncio.create_task(batcher.run())
+        for prompt in ("breaks", "refused", "breaks", "breaks", "a", "breaks", "breaks", "breaks", "a"):
+            await asyncio.gather(batcher.submit(job(prompt)), return_exceptions=True)
+            healthy.append(batcher.healthy)
+        drawing.cancel()
+        await asyncio.gather(drawing, return_exceptions=True)
+        assert not batcher.healthy
+
+    asyncio.run(main())
+    assert healthy == [True] * 7 + [False, True]
 
 
 def test_who_has_gone_is_not_drawn() -> None:
@@ -165,30 +194,112 @@ def test_a_damaged_adapter_in_the_folder_spoils_only_its_own_request(served: Any
     assert str(settings.adapters) not in replies[0].text
 
 
+class Fake:
+    """In an adapter's stead: an adapter of it is the contents of its files."""
+
+    def __init__(self) -> None:
+        self.there: dict[str, Any] = {}
+
+    def read_weights(self, path: Path) -> dict[str, bytes]:
+        return {file.name: file.read_bytes() for file in path.iterdir()}
+
+    def load_deltas(self, deltas: dict[str, bytes], name: str, *, activate: bool) -> None:
+        assert not activate
+        self.there[name] = deltas
+
+    def delete_adapters(self, name: str) -> None:
+        del self.there[name]
+
+
+def upload(value: float) -> dict[str, bytes]:
+    content = save({"layer.delta": torch.full((5,), value)}, {"base_hashes": "0" * 16})
+    return {"denoiser": content, "text_encoder": content}
+
+
 def test_the_store_forgets_what_was_used_longest_ago(tmp_path: Path) -> None:
-    class Fake:
-        def __init__(self) -> None:
-            self.names: list[str] = []
-
-        def load_weights(self, path: Path, name: str, *, activate: bool) -> None:
-            assert path == tmp_path / name and not activate
-            self.names.append(name)
-
-        def read_weights(self, path: Path) -> None:
-            assert path.name not in self.names
-
-        def delete_adapters(self, name: str) -> None:
-            self.names.remove(name)
-
     for name in "abcd":
         (tmp_path / name).mkdir()
     fake: Any = Fake()
     store = AdapterStore(fake, tmp_path, most=2)
     for name in "abac":
         store.use([name])
-    assert fake.names == store.loaded() == ["a", "c"]
+    assert list(fake.there) == store.loaded() == ["a", "c"]
     store.use(["d", "a", "b"])  # of one batch all are there, if they are more
-    assert sorted(fake.names) == ["a", "b", "d"]
+    assert sorted(fake.there) == ["a", "b", "d"]
     for name in ("../a", "x", "", ".hidden", "a/b"):
         with pytest.raises(SVDiffError, match="there is no adapter"):
             store.use([name])
+
+
+def test_stores_over_one_folder_see_each_others_uploads(tmp_path: Path) -> None:
+    fakes: list[Any] = [Fake(), Fake()]
+    stores = [AdapterStore(fake, tmp_path, most=2) for fake in fakes]
+    for value, uploader in ((1.0, 0), (2.0, 1), (3.0, 1), (1.0, 0)):
+        stores[uploader].add("a", upload(value))
+        for fake, store in zip(fakes, stores, strict=True):
+            store.check("a")
+            store.use(["a"])
+            assert set(fake.there["a"].values()) == set(upload(value).values())
+            assert store.names() == store.loaded() == ["a"]
+    held = fakes[1].there["a"]
+    stores[1].use(["a"])
+    assert fakes[1].there["a"] is held  # not read again
+    stores[0].add("a", {"denoiser": upload(4.0)["denoiser"]})
+    stores[1].use(["a"])
+    assert len(fakes[1].there["a"]) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "a"}
+
+
+def test_uploads_of_one_name_at_once_leave_one_whole_and_readers_never_see_less(tmp_path: Path) -> None:
+    stores = [AdapterStore(cast(Any, Fake()), tmp_path, most=2) for _ in range(4)]
+    stores[0].add("a", upload(0.0))
+    done = threading.Event()
+
+    def read(store: AdapterStore) -> int:
+        reads = 0
+        while not done.is_set():
+            store.use(["a"])
+            assert len(set(store._adapter.there["a"].values())) == 1 and store.names() == ["a"]  # type: ignore[attr-defined]
+            reads += 1
+        return reads
+
+    with ThreadPoolExecutor(4) as threads:
+        readers = [threads.submit(read, store) for store in stores[2:]]
+        writers = [
+            threads.submit(lambda s=s, k=k: [s.add("a", upload(float(k + i))) for i in range(50)])
+            for k, s in enumerate(stores[:2])
+        ]
+        try:
+            for writer in writers:
+                writer.result(60)
+        finally:
+            done.set()
+        assert all(reader.result(60) > 1 for reader in readers)
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "a"}
+
+
+def test_an_adapter_survives_the_death_of_who_replaced_it(tmp_path: Path) -> None:
+    fake: Any = Fake()
+    store = AdapterStore(fake, tmp_path, most=2)
+    store.add("a", upload(1.0))
+    (tmp_path / "a").rename(store._aside("a"))  # between the two renames
+    store.use(["a"])
+    assert set(fake.there["a"].values()) == set(upload(1.0).values())
+    store.add("a", upload(2.0))
+    store.use(["a"])
+    assert set(fake.there["a"].values()) == set(upload(2.0).values())
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "a"}
+    shutil.copytree(tmp_path / "a", store._aside("a"))  # after them
+    store.add("a", upload(3.0))
+    store.use(["a"])
+    assert set(fake.there["a"].values()) == set(upload(3.0).values())
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "a"}
+
+
+def test_no_adapter_takes_the_name_of_the_pipelines_own(tmp_path: Path) -> None:
+    store = AdapterStore(cast(Any, Fake()), tmp_path, most=2)
+    (tmp_path / "default").mkdir()
+    with pytest.raises(SVDiffError, match="there is no adapter"):
+        store.use(["default"])
+    with pytest.raises(SVDiffError, match="not 'default'"):
+        store.add("default", upload(1.0))
