@@ -89,14 +89,10 @@ class EditTab:
                 elem_id="edit-strength", **how,
             )  # fmt: skip
         with gr.Row():
-            learning = gr.Number(
-                config.max_train_steps, label="Learning steps", info="On the picture", precision=0,
-                elem_id="edit-learning-steps", **how,
-            )  # fmt: skip
-            steps = gr.Number(
-                config.num_inference_steps, label="Drawing steps", info="Back and forth", precision=0,
-                elem_id="edit-steps", **how,
-            )  # fmt: skip
+            learning = look.number("Learning steps", "On the picture", config.max_train_steps, precision=0,
+                elem_id="edit-learning-steps")  # fmt: skip
+            steps = look.number("Drawing steps", "Back and forth", config.num_inference_steps, precision=0,
+                elem_id="edit-steps")  # fmt: skip
             self._name = gr.Textbox(
                 label="Name", placeholder="edit-1, ...", info="Letters, digits, - and _", elem_id="edit-name", **how
             )
@@ -108,23 +104,15 @@ class EditTab:
                 "strength": strength,
                 "max_train_steps": learning,
                 "num_inference_steps": steps,
-                "guidance_scale": gr.Number(
-                    config.guidance_scale, label="Guidance", info="Towards the new words", minimum=0, **how
+                "guidance_scale": look.number("Guidance", "Towards the new words", config.guidance_scale, minimum=1),
+                "num_images_per_prompt": look.number(
+                    "Pictures", "Of each prompt", config.num_images_per_prompt, precision=0
                 ),
-                "num_images_per_prompt": gr.Number(
-                    config.num_images_per_prompt, label="Pictures", info="Of each prompt", precision=0, **how
-                ),
-                "seed": gr.Number(config.seed, label="Seed", info="Of all chance", precision=0, minimum=0, **how),
-                "learning_rate": gr.Number(config.learning_rate, label="Learning rate", info="Of matrices", **how),
-                "learning_rate_1d": gr.Number(
-                    config.learning_rate_1d, label="Learning rate of norms", info="Usually lower", **how
-                ),
-                "train_batch_size": gr.Number(
-                    config.train_batch_size, label="Batch", info="Noises a step", precision=0, **how
-                ),
-                "resolution": gr.Number(
-                    config.resolution, label="Resolution", info="Empty: the model's", precision=0, **how
-                ),
+                "seed": look.number("Seed", "Of all chance", config.seed, precision=0, minimum=0),
+                "learning_rate": look.number("Learning rate", "Of matrices", config.learning_rate),
+                "learning_rate_1d": look.number("Learning rate of norms", "Usually lower", config.learning_rate_1d),
+                "train_batch_size": look.number("Batch", "Noises a step", config.train_batch_size, precision=0),
+                "resolution": look.number("Resolution", "0: the model's own", config.resolution, precision=0),
             }
         with gr.Row():
             self._start = gr.Button("Edit", variant="primary", elem_id="edit-start", min_width=90)
@@ -136,7 +124,7 @@ class EditTab:
             show_label=False, format="png", columns=3, object_fit="contain", interactive=False, visible=False,
             elem_id="edit-pictures", buttons=["download", "download_all", "fullscreen"],
         )  # fmt: skip
-        self._command = look.command_box()
+        self._command = look.command_box("edit-command")
 
     def _begin(self, values: Mapping[Any, Any]) -> dict[Any, Any]:
         name = ""
@@ -160,14 +148,10 @@ class EditTab:
 
     def _config(self, values: Mapping[Any, Any], name: str, image: str) -> EditConfig:
         start = values[self._fields["start_from"]]
-        given = {
-            field: values[component]
-            for field, component in self._fields.items()
-            if values[component] is not None and start in _BELONGS.get(field, (start,))
-        }
+        fields = {field: one for field, one in self._fields.items() if start in _BELONGS.get(field, (start,))}
         return replace(
             self._suggested,
-            **given,
+            **look.filled(values, fields),
             image=image,
             prompt=values[self._prompt] or "",
             target_prompt=look.lines_of(values[self._targets]),

@@ -78,11 +78,9 @@ class GenerateTab:
                 elem_id="generate-steps", **how,
             )  # fmt: skip
         with gr.Row():
-            guidance = gr.Number(
-                config.guidance_scale, label="Guidance", info="1 is none; empty: the model's", minimum=0, **how
-            )
-            seed = gr.Number(
-                config.seed, label="Seed", info="The next picture has the next", precision=0, minimum=0, **how
+            guidance = look.number("Guidance", "1 is none; 0: the model's own", config.guidance_scale, minimum=0)
+            seed = look.number(
+                "Seed", "The next picture has the next", config.seed, precision=0, minimum=0, elem_id="generate-seed"
             )
         with gr.Accordion("More settings", open=False):
             negative = gr.Textbox(label="Negative prompt", info="What not to draw", lines=1)
@@ -94,9 +92,7 @@ class GenerateTab:
                     info="Of diffusers",
                     **how,
                 )
-                batch = gr.Number(
-                    config.batch_size, label="Batch", info="Pictures at a time", precision=0, minimum=1, **how
-                )
+                batch = look.number("Batch", "Pictures at a time", config.batch_size, precision=0, minimum=1)
         self._fields: dict[str, Any] = {
             "num_images_per_prompt": count,
             "num_inference_steps": steps,
@@ -114,7 +110,7 @@ class GenerateTab:
             show_label=False, format="png", columns=4, object_fit="contain", interactive=False, height=480,
             elem_id="generate-pictures", buttons=["download", "download_all", "fullscreen"],
         )  # fmt: skip
-        self._command = look.command_box()
+        self._command = look.command_box("generate-command")
 
     def _drawn(self, values: Mapping[Any, Any], weights: Mapping[str, float], progress: Any) -> dict[Any, Any]:
         try:
@@ -138,13 +134,12 @@ class GenerateTab:
         there = self._runs.adapters()
         if gone := [name for name in weights if name not in there]:
             raise SVDiffError(f"there is no run {gone[0]!r} any more: look for runs")
-        given = {field: values[component] for field, component in self._fields.items()}
-        given |= {"negative_prompt": given["negative_prompt"] or None}
-        given |= {"scheduler_type": None if given["scheduler_type"] == _OWN else given["scheduler_type"]}
-        optional = {"guidance_scale", "negative_prompt", "scheduler_type"}
+        given = look.filled(values, self._fields)
+        for field, nothing in (("guidance_scale", None), ("negative_prompt", ""), ("scheduler_type", _OWN)):
+            given[field] = None if given.get(field, nothing) == nothing else given[field]
         return replace(
             self._suggested,
-            **{field: value for field, value in given.items() if value is not None or field in optional},
+            **given,
             prompt=look.lines_of(values[self._prompts]),
             spectral_shifts_ckpt=[f"{name}={there[name]}" for name in weights] or None,
             mix=[",".join(f"{name}:{weight:g}" for name, weight in weights.items())] if weights else None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import gradio as gr
@@ -58,11 +58,23 @@ def status_line(text: str, elem_id: str) -> Any:
     return gr.HTML(status(text), elem_id=elem_id, elem_classes="line")
 
 
-def command_box() -> Any:
+def number(label: str, info: str, value: float | None, **how: Any) -> Any:
+    """A field for a number; gradio shows None as 0."""
+    return gr.Number(value, label=label, info=info, min_width=140, interactive=True, **how)
+
+
+def filled(values: Mapping[Any, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands in the fields by name, without the empty ones, and those whose 0 means the model's own."""
+    own = {"resolution", "guidance_scale"}
+    found = {name: values[component] for name, component in fields.items()}
+    return {name: value for name, value in found.items() if value is not None and not (value == 0 and name in own)}
+
+
+def command_box(elem_id: str) -> Any:
     """Where a tab says how to do the same in a shell, as soon as it has done something."""
     return gr.Code(
         label="The same in a shell", language="shell", lines=1, interactive=False, wrap_lines=True,
-        show_line_numbers=False, buttons=["copy"], visible=False,
+        show_line_numbers=False, buttons=["copy"], visible=False, elem_id=elem_id,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import importlib.util
 import os
 import socket
@@ -110,21 +111,21 @@ def _launch(page: Any, config: UIConfig) -> None:
 
 def _check_port(config: UIConfig) -> None:
     """Before gradio's seconds of imports; and it would say less."""
+    if not 0 < config.port < 2**16:
+        raise SVDiffError(f"port {config.port} is none: they go from 1 to {2**16 - 1}")
     try:
         family, kind, *_, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise _no_port(config, error) from error
 
 
-def _no_port(config: UIConfig, error: Exception) -> SVDiffError:
-    reason = getattr(error, "strerror", None) or error
+def _no_port(config: UIConfig, error: OSError) -> SVDiffError:
+    reason = error.strerror or error
     return SVDiffError(f"cannot listen at {config.host}, port {config.port} ({reason}): choose another with --port")
 
 
 def _shown(model: str) -> str:
-    import html
-
     return html.escape(model if model == "miniature" or not Path(model).exists() else Path(model).name)

@@ -137,17 +137,21 @@ class TrainTab:
                 label="Name", placeholder="run-1, run-2, ...", info="Letters, digits, - and _", elem_id="train-name",
                 min_width=140,
             )  # fmt: skip
-            steps = _number("Steps", "In all", config.max_train_steps, precision=0, elem_id="train-steps")
+            steps = look.number("Steps", "In all", config.max_train_steps, precision=0, elem_id="train-steps")
         with gr.Accordion("More settings", open=False), gr.Row():
             self._fields = {
                 "max_train_steps": steps,
-                "learning_rate": _number("Learning rate", "Of matrices", config.learning_rate),
-                "learning_rate_1d": _number("Learning rate of norms", "Usually lower", config.learning_rate_1d),
-                "train_batch_size": _number("Batch", "Pictures a step", config.train_batch_size, precision=0),
-                "resolution": _number("Resolution", "Empty: the model's", config.resolution, precision=0),
-                "num_class_images": _number("Class pictures", "To be drawn", config.num_class_images, precision=0),
-                "validation_steps": _number("Preview every", "Steps", config.validation_steps, precision=0),
-                "seed": _number("Seed", "Of everything", config.seed, minimum=0, precision=0),
+                "learning_rate": look.number("Learning rate", "Of matrices", config.learning_rate),
+                "learning_rate_1d": look.number("Learning rate of norms", "Usually lower", config.learning_rate_1d),
+                "train_batch_size": look.number(
+                    "Batch", "Pictures a step", config.train_batch_size, precision=0, elem_id="train-batch"
+                ),
+                "resolution": look.number("Resolution", "0: the model's own", config.resolution, precision=0),
+                "num_class_images": look.number("Class pictures", "To be drawn", config.num_class_images, precision=0),
+                "validation_steps": look.number(
+                    "Preview every", "Steps", config.validation_steps, precision=0, elem_id="train-preview-every"
+                ),
+                "seed": look.number("Seed", "Of everything", config.seed, minimum=0, precision=0),
                 "lr_scheduler": gr.Dropdown(
                     ["constant", "linear", "cosine"], value=config.lr_scheduler, label="Course of the rate",
                     info="Over the steps", min_width=140,
@@ -158,7 +162,7 @@ class TrainTab:
                 ),
                 "train_text_encoder": gr.Checkbox(
                     config.train_text_encoder, label="Train the text encoder", info="Likeness, but more memory",
-                    min_width=140,
+                    min_width=200,
                 ),
             }  # fmt: skip
         with gr.Row():
@@ -177,7 +181,7 @@ class TrainTab:
             show_label=False, format="png", preview=True, object_fit="contain", height=420,
             interactive=False, elem_id="train-previews", buttons=["download", "fullscreen"], visible=False,
         )  # fmt: skip
-        self._command = look.command_box()
+        self._command = look.command_box("train-command")
 
     def _begin(self, values: Mapping[Any, Any]) -> dict[Any, Any]:
         name = ""
@@ -211,8 +215,7 @@ class TrainTab:
 
     def _config(self, values: Mapping[Any, Any], name: str, pictures: Path, caption: str) -> TrainConfig:
         classes, previews = look.lines_of(values[self._class]), look.lines_of(values[self._preview])
-        given = {field: values[component] for field, component in self._fields.items()}
-        config = replace(self._suggested, **{field: value for field, value in given.items() if value is not None})
+        config = replace(self._suggested, **look.filled(values, self._fields))
         unused = [*([] if classes else ["prior_", "num_class"]), *([] if previews else ["validation_"])]
         idle: dict[str, Any] = {f.name: f.default for f in fields(config) if f.name.startswith(tuple(unused))}
         return replace(
@@ -268,10 +271,6 @@ class TrainTab:
                 pictures, selected_index=len(pictures) - 1 if pictures else None, visible=bool(pictures)
             )
         return updates
-
-
-def _number(label: str, info: str, value: float | None, minimum: float | None = None, **how: Any) -> Any:
-    return gr.Number(value, label=label, info=info, minimum=minimum, min_width=140, **how)
 
 
 def _opened(path: Path) -> Image.Image:
