@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 
 OUTPUT ?= benchmarks/results
 
-.PHONY: help demo test bench gpu lint clean
+.PHONY: help demo test browser bench gpu lint clean
 help:
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/'
 
@@ -19,10 +19,17 @@ demo: $(READY) ## teach the miniature model a new subject from four pictures; se
 
 # What measures time and memory runs alone, after the others; of those, two files run at a time, each on one core.
 # Both parts run whatever becomes of the first.
-TOGETHER := tests/kernels/triton tests/kernels/cuda tests/svdiff tests/miniature tests/examples
-test: $(READY) ## all tests, the slow ones included
+TOGETHER := tests/kernels/triton tests/kernels/cuda tests/svdiff tests/miniature tests/examples tests/ui
+test: $(READY) browser ## all tests, the slow ones included
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TOGETHER) -n 2 --dist loadfile --benchmark-disable; together=$$?; \
 	$(BIN)/python -m pytest tests $(TOGETHER:%=--ignore=%) && exit $$together
+
+# For tests/ui, which are skipped where there is none; Playwright's own browsers would be another download.
+browser:
+	@if ! { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null; then \
+		if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+			apt-get update && apt-get install -y --no-install-recommends chromium; \
+		else echo "== no Chromium here: tests of the page in the browser are skipped"; fi; fi
 
 bench: $(READY) ## a training step of an SD 1.5-size UNet against its rivals
 	$(BIN)/svdiff bench unet

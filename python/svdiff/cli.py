@@ -51,6 +51,13 @@ COMMANDS = {
         "cache",
         ("action", "model", "remote"),
     ),
+    "ui": Command(
+        "train, draw and edit on a page in the browser",
+        "svdiff.ui",
+        "UIConfig",
+        "ui",
+        ("pretrained_model_name_or_path",),
+    ),
     "info": Command("what is built, what is used, and why not the rest", "svdiff.info", "InfoConfig", "info"),
 }
 

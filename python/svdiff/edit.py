@@ -100,7 +100,7 @@ def edit(config: EditConfig) -> EditResult:
     Raises:
         SVDiffError: anything wrong with the settings, the picture, the model or the shifts; no folder is made then.
     """
-    _check(config)
+    check(config)
     with run_directory(config.output_dir, overwrite=config.overwrite) as staging:
         shifts = config.spectral_shifts_ckpt
         if shifts is None:
@@ -258,7 +258,8 @@ def _learn(config: EditConfig, output_dir: Path) -> Path:
     return output_dir
 
 
-def _check(config: EditConfig) -> None:
+def check(config: EditConfig) -> None:
+    """Raises SVDiffError if something makes no sense, before a model is loaded."""
     if not config.prompt.strip() or not config.target_prompt or not all(p.strip() for p in config.target_prompt):
         raise SVDiffError("a prompt is empty: say what the picture shows, and what it shall show")
     if config.start_from not in get_args(StartFrom):

@@ -102,7 +102,7 @@ def generate(config: GenerateConfig) -> GenerateResult:
     Raises:
         SVDiffError: anything wrong with the settings, the model or the shifts; no folder is made then.
     """
-    mixes = _check(config)
+    mixes = check(config)
     with run_directory(config.output_dir, overwrite=config.overwrite) as staging:
         device = device_of_choice(config.device)
         pipeline = load_pipeline(config.pretrained_model_name_or_path, revision=config.revision, variant=config.variant)
@@ -151,7 +151,7 @@ def generate(config: GenerateConfig) -> GenerateResult:
     return GenerateResult(output_dir, [output_dir / picture.file for picture in wanted], output_dir / "grid.png")
 
 
-def _check(config: GenerateConfig) -> list[dict[str, float]]:
+def check(config: GenerateConfig) -> list[dict[str, float]]:
     """Raises SVDiffError if something makes no sense, before a model is loaded; returns the mixture of each prompt."""
     if not config.prompt or not all(prompt.strip() for prompt in config.prompt):
         raise SVDiffError("a prompt is empty: say what to draw")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ def sample(
     negative_prompt: str | None = None,
     adapter: Adapter | None = None,
     mixes: Sequence[Mapping[str, float]] = (),
+    on_step: Callable[[int, int], object] | None = None,
 ) -> Iterator[Image.Image]:
     """One picture per prompt, in order; a picture depends on its prompt and seed, not on its neighbours.
 
@@ -45,9 +47,21 @@ def sample(
         negative_prompt: what not to draw, in all pictures.
         adapter: of the pipeline, if each picture is to have its own of `mixes`.
         mixes: one per prompt.
+        on_step: told after each step of the scheduler how many are done, and of how many for all pictures.
     """
     total = len(prompts)
+    steps_done = itertools.count(1)
+    all_steps = num_inference_steps * -(-total // batch_size)
+
     how: dict[str, Any] = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+    if on_step is not None:
+
+        def tell(pipeline: Any, step: int, timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
+            exit_if_told()
+            on_step(min(next(steps_done), all_steps), all_steps)  # some schedulers call twice for a step
+            return state
+
+        how["callback_on_step_end"] = tell
     for start in range(0, total, batch_size):
         exit_if_told()
         part = list(prompts[start : start + batch_size])
