@@ -31,6 +31,9 @@ from .training.data import Picture, load_picture
 
 StartFrom = Literal["inversion", "image", "noise"]
 
+_MOST_ETA = 0.9999
+"""At 1, from noise that holds nothing of a picture, DDIM of diffusers takes the root of what rounding leaves of 0."""
+
 SHIFTS = "shifts"
 """Folder in output_dir for what has been learnt of the picture."""
 
@@ -176,7 +179,7 @@ def edited(
         else:
             if not type(kept).__name__.startswith("FlowMatch"):
                 set_scheduler(pipeline, "ddim")
-                how["eta"] = eta
+                how["eta"] = min(eta, _MOST_ETA)
             drawing = pipeline
             how |= {"height": images[0].height, "width": images[0].width, "latents": noise}
         drawing.set_progress_bar_config(desc="Drawing", leave=False, **progress_options())

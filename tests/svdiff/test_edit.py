@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import svdiff
 import torch
+from diffusers import DDIMScheduler
 from PIL import Image
 from svdiff import EditConfig, edit
 from svdiff.edit import edited
@@ -153,6 +154,16 @@ def test_mistakes_leave_nothing(config: EditConfig, changes: dict[str, Any], mes
         edit(replace(config, **changes))
     assert "\n" not in str(caught.value)
     assert not [path for path in Path(config.output_dir).parent.iterdir() if path.name != "photo.png"]
+
+
+def test_eta_of_one_from_pure_noise(base: Path, picture: Path) -> None:
+    pipeline = load_pipeline(str(base))
+    how = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **how)
+    image = Image.open(picture).convert("RGB").resize((16, 16))
+    for start in ("inversion", "noise"):
+        (drawn,) = edited(pipeline, [image], ["a cat"], [0], num_inference_steps=50, eta=1.0, start_from=start)
+        assert np.asarray(drawn).std() > 0, "all black: NaN"
 
 
 def test_a_flow_has_no_ddim(base_of: Any, config: EditConfig, monkeypatch: pytest.MonkeyPatch) -> None:
