@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import statistics
 import sys
@@ -21,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import svdiff
 from PIL.Image import Image
 from svdiff import TrainConfig
@@ -42,6 +44,8 @@ _PATH = [i / 8 for i in range(9)]
 _WEIGHTS = (0.0, 0.5, 0.75, 1.0)
 _SHOWN = 8
 _GROUPS = ("down", "mid", "up", "self_attn", "cross_attn", "level0", "level1", "text_encoder")
+_MOVED = "moved by pixels"
+_CONTRAST = 60.0  # RGB distance from the ground
 _EDITS = 12  # a third of them of colour, of shape and of size
 
 Mark = Callable[[Image], bool]
@@ -157,7 +161,7 @@ def editing(seed: int, pictures: Path | None = None) -> dict[str, dict[str, floa
         prompts = [world.caption(target) for target in targets]
         images = edited(pipeline, originals, prompts, range(_EDITS), **how)
         shown.append(images)
-        found[label] = _edit_marks(images, scenes, targets)
+        found[label] = _edit_marks(images, scenes, targets) | {_MOVED: _moved(originals, images)}
     if pictures is not None:
         pictures.mkdir(parents=True, exist_ok=True)
         columns = min(_EDITS, 12)
@@ -184,6 +188,18 @@ def _edit_marks(
         )
     both = [a and b for a, b in zip(changed, placed, strict=True)]
     return {"changed": share(changed), "place and ground": share(placed), "both": share(both), "rest": share(kept)}
+
+
+def _moved(before: Sequence[Image], after: Sequence[Image]) -> float:
+    """By how many pixels the middle of what is to be seen has moved, in half the pictures by less; out, if it is gone."""
+    middles = [[_middle(image) for image in images] for images in (before, after)]
+    return statistics.median(math.dist(a, b) if a and b else world.IMAGE_SIZE for a, b in zip(*middles, strict=True))
+
+
+def _middle(image: Image) -> tuple[float, float] | None:
+    pixels = np.asarray(image, dtype=float)
+    rows, columns = np.nonzero(np.linalg.norm(pixels - np.median(pixels, axis=(0, 1)), axis=-1) > _CONTRAST)
+    return ((rows.min() + rows.max()) / 2, (columns.min() + columns.max()) / 2) if len(rows) else None
 
 
 def _changed(scene: world.Scene, attribute: str, rng: random.Random) -> world.Scene:
@@ -261,9 +277,14 @@ def table(found: Sequence[Mapping[str, Mapping[str, float]]]) -> str:
         cells = []
         for mark in found[0][label]:
             values = [run[label][mark] for run in found]
-            cells.append(f"{mark} {statistics.fmean(values):.1%} ({min(values):.0%}-{max(values):.0%})")
+            mean, least, most = (_said(mark, value) for value in (statistics.fmean(values), min(values), max(values)))
+            cells.append(f"{mark} {mean} ({least}-{most})")
         lines.append(f"{label:>28}  {'  '.join(cells)}")
     return "\n".join(lines)
+
+
+def _said(mark: str, value: float) -> str:
+    return f"{value:.1f}" if mark == _MOVED else f"{value:.0%}"
 
 
 if __name__ == "__main__":

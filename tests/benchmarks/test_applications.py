@@ -54,6 +54,7 @@ def test_mixtures_of_what_has_learnt_nothing(tmp_path: Path) -> None:
 def test_edits_of_what_the_base_knows(tmp_path: Path) -> None:
     found = applications.editing(0, tmp_path / "pictures")
     assert list(found) == ["noise", "inversion", "not learnt: noise", "not learnt: inversion"]
+    assert all(marks.pop(applications._MOVED) >= 0 for marks in found.values())
     assert all(0 <= share <= 1 for marks in found.values() for share in marks.values())
     assert found["noise"]["place and ground"] > 0  # the base draws what it is asked for
     assert Image.open(tmp_path / "pictures" / "editing.png").height == 5 * 64
@@ -69,6 +70,16 @@ def test_an_edit_is_marked_by_what_was_asked_and_what_was_not() -> None:
     assert marks == {"changed": 0.75, "place and ground": 0.75, "both": 0.5, "rest": 0.75}
 
 
+def test_how_far_something_has_moved() -> None:
+    scene = world.Scene((world.Item("square", "red", "left", "large"),), "gray")
+    right = replace(scene, items=(replace(scene.items[0], position="right"),))
+    empty = Image.new("RGB", (64, 64), world.BACKGROUNDS["gray"])
+    before, after = [world.render(scene)] * 3, [world.render(right), world.render(right), empty]
+    assert applications._moved(before, before) == 0
+    assert applications._moved(before, after) == pytest.approx(33, abs=1)
+    assert applications._moved(before[:1], [empty]) == 64
+
+
 def test_what_is_there_is_told_and_not_run_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -80,4 +91,4 @@ def test_what_is_there_is_told_and_not_run_again(
         (tmp_path / f"mixing_{seed}.json").write_text(json.dumps({"alone: style": {"right": share}}))
     monkeypatch.setattr("sys.argv", ["applications", "mixing", str(tmp_path), "--seeds", "2"])
     assert applications.main() == 0
-    assert "alone: style  right 60.0% (50%-70%)" in capsys.readouterr().out
+    assert "alone: style  right 60% (50%-70%)" in capsys.readouterr().out
