@@ -191,7 +191,7 @@ def _edit_marks(
 
 
 def _moved(before: Sequence[Image], after: Sequence[Image]) -> float:
-    """By how many pixels the middle of what is to be seen has moved, in half the pictures by less; out, if it is gone."""
+    """By how many pixels the middle of what is seen has moved, in half the pictures by less; out, if it is gone."""
     middles = [[_middle(image) for image in images] for images in (before, after)]
     return statistics.median(math.dist(a, b) if a and b else world.IMAGE_SIZE for a, b in zip(*middles, strict=True))
 
