@@ -24,7 +24,9 @@ from typing import Any
 
 import numpy as np
 import svdiff
+from PIL import ImageDraw, ImageFont
 from PIL.Image import Image
+from PIL.Image import new as new_image
 from svdiff import TrainConfig
 from svdiff.edit import edited
 from svdiff.miniature import load_pipeline, recogniser, world
@@ -43,6 +45,7 @@ _FEWER = 48  # where there are many mixtures to be judged
 _PATH = [i / 8 for i in range(9)]
 _WEIGHTS = (0.0, 0.5, 0.75, 1.0)
 _SHOWN = 8
+_LABEL = 230  # pixels beside a row of pictures
 _GROUPS = ("down", "mid", "up", "self_attn", "cross_attn", "level0", "level1", "text_encoder")
 _MOVED = "moved by pixels"
 _CONTRAST = 60.0  # RGB distance from the ground
@@ -100,18 +103,18 @@ def mixing(seed: int, pictures: Path | None = None) -> dict[str, dict[str, float
         runs = {name: folder / name / "run" for name in (one, other, _STYLE)}
         adapter = svdiff.load(pipeline, {name: str(run) for name, run in runs.items()})
 
-    def shares(prompts: Sequence[str], mix: Row, **marks: Mark) -> dict[str, float]:
+    def look_for(label: str, prompts: Sequence[str], mix: Row, **marks: Mark) -> None:
         images = draw(pipeline, prompts, noise, adapter=adapter, mixes=[mix] * len(prompts))
-        shown.append(images[:_SHOWN])
-        return {mark: share(map(looks, images)) for mark, looks in marks.items()}
+        shown.setdefault(label, images[:_SHOWN])
+        found.setdefault(label, {}).update({mark: share(map(looks, images)) for mark, looks in marks.items()})
 
-    noise, shown = 1000 * (seed + 1), list[list[Image]]()
+    noise, shown = 1000 * (seed + 1), dict[str, list[Image]]()
     sees = {name: _sees(name) for name in tasks} | {_STYLE: _is_on_black}
     prompts = {name: [task.prompt(scene) for scene in task.new_scenes(_PROMPTS)] for name, task in tasks.items()}
     prompts[_STYLE] = [_groundless(world.caption(scene)) for scene in tasks[one].other_scenes(_PROMPTS)]
     found: dict[str, dict[str, float]] = {}
     for name, looks in sees.items():
-        found[f"alone: {_kind(name, one)}"] = shares(prompts[name], {name: 1.0}, right=looks)
+        look_for(f"alone: {_kind(name, one)}", prompts[name], {name: 1.0}, right=looks)
     batch = [(name, prompts[name][i], noise + i) for i in range(_PROMPTS) for name in sees]  # the noise of alone
     names, asked, seeds = zip(*batch, strict=True)
     images = draw(pipeline, asked, seeds, adapter=adapter, mixes=[{name: 1.0} for name in names])
@@ -120,20 +123,18 @@ def mixing(seed: int, pictures: Path | None = None) -> dict[str, dict[str, float
     marks = {"subject": sees[one], "style": _is_on_black, "both": lambda i: sees[one](i) and _is_on_black(i)}
     groundless = [_groundless(prompt) for prompt in prompts[one]]
     for weight in _WEIGHTS:
-        found[f"subject + {weight:g} style"] = shares(groundless, {one: 1.0, _STYLE: weight}, **marks)
+        look_for(f"subject + {weight:g} style", groundless, {one: 1.0, _STYLE: weight}, **marks)
     for group in _GROUPS:
         rest = {"all": 1.0, group: 0.0}
-        without = shares(groundless[:_FEWER], {one: rest}, subject=sees[one])
-        without |= shares(groundless[:_FEWER], {_STYLE: rest}, style=_is_on_black)
-        found[f"without {group}"] = without
+        look_for(f"without {group}", groundless[:_FEWER], {one: rest}, subject=sees[one])
+        look_for(f"without {group}", groundless[:_FEWER], {_STYLE: rest}, style=_is_on_black)
     apart = {one: {"all": 1.0, "down": 0.0}, _STYLE: {"all": 1.0, "up": 0.0}}
-    found["subject but down + style but up"] = shares(groundless, apart, **marks)
+    look_for("subject but down + style but up", groundless, apart, **marks)
     for t in _PATH:
         mix = {one: 1 - t, other: t}
-        found[f"path {t:.3f}"] = shares(prompts[one][:_FEWER], mix, first=sees[one], second=sees[other])
+        look_for(f"path {t:.3f}", prompts[one][:_FEWER], mix, first=sees[one], second=sees[other])
     if pictures is not None:
-        pictures.mkdir(parents=True, exist_ok=True)
-        grid([image for row in shown for image in row], _SHOWN).save(pictures / "mixing.png")
+        _save_sheet(shown, pictures / "mixing.png")
     return found
 
 
@@ -152,7 +153,7 @@ def editing(seed: int, pictures: Path | None = None) -> dict[str, dict[str, floa
             svdiff.train(_picture_config(folder / f"p{i}", world.caption(scene), seed))
         adapter = svdiff.load(pipeline, {f"p{i}": folder / f"p{i}" / "run" for i in range(_EDITS)})
     learnt: list[dict[str, Any]] = [{f"p{i}": 1.0} for i in range(_EDITS)]
-    found, shown = {}, [originals]
+    found, shown = {}, {"original": originals}
     none: list[dict[str, Any]] = [{}] * _EDITS
     choices = [(label, learnt, how) for label, how in EDITS.items()]
     choices += [(f"not learnt: {label}", none, EDITS[label]) for label in ("noise", "inversion")]
@@ -160,12 +161,10 @@ def editing(seed: int, pictures: Path | None = None) -> dict[str, dict[str, floa
         adapter.set_adapters_per_sample(mixes)
         prompts = [world.caption(target) for target in targets]
         images = edited(pipeline, originals, prompts, range(_EDITS), **how)
-        shown.append(images)
+        shown[label] = images
         found[label] = _edit_marks(images, scenes, targets) | {_MOVED: _moved(originals, images)}
     if pictures is not None:
-        pictures.mkdir(parents=True, exist_ok=True)
-        columns = min(_EDITS, 12)
-        grid([image for row in shown for image in row[:columns]], columns).save(pictures / "editing.png")
+        _save_sheet(shown, pictures / "editing.png")
     return found
 
 
@@ -256,6 +255,20 @@ def _style_config(folder: Path, seed: int) -> TrainConfig:
 def _groundless(caption: str) -> str:
     """What a caption says of objects, and nothing of what is behind them."""
     return caption.partition(",")[0]
+
+
+def _save_sheet(rows: Mapping[str, Sequence[Image]], path: Path) -> None:
+    """Rows of pictures, each with its label."""
+    sheets = {label: grid(images, len(images)) for label, images in rows.items()}
+    width = _LABEL + max(sheet.width for sheet in sheets.values())
+    whole = new_image("RGB", (width, sum(sheet.height for sheet in sheets.values())), "white")
+    pen, top = ImageDraw.Draw(whole), 0
+    for label, sheet in sheets.items():
+        whole.paste(sheet, (_LABEL, top))
+        pen.text((_LABEL - 8, top + sheet.height // 2), label, "black", ImageFont.load_default(14), anchor="rm")
+        top += sheet.height
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole.save(path)
 
 
 def _sees(subject: str) -> Mark:
