@@ -232,11 +232,11 @@ def _seen_with_base(config: CombineConfig, staging: Path, names: Collection[str]
     if config.pretrained_model_name_or_path is None:
         return []
     pipeline = load_pipeline(config.pretrained_model_name_or_path)
+    columns: dict[str, str | Path] = {}
+    if config.prompt and config.operation != "interpolate":  # a path has both ends
+        columns |= {f"input {i}": path for i, path in enumerate(config.spectral_shifts_ckpt)}
     results = {f"result {name}": staging / name for name in names}
-    inputs = {f"input {i}": path for i, path in enumerate(config.spectral_shifts_ckpt)}
-    columns = (
-        inputs | results if config.prompt and config.operation != "interpolate" else results
-    )  # a path has its ends
+    columns |= results
     adapter = load(pipeline, columns, cache=FactorCache(config.svd_cache_dir), lazy=not config.prompt)
     if config.prompt:
         side = default_resolution(pipeline)
