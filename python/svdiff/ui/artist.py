@@ -15,7 +15,7 @@ from ..checkpoint import FILE_NAMES
 from ..generate import DTYPES, GenerateConfig
 from ..mixtures import named_paths
 from ..pipelines import default_resolution, device_of_choice, load_pipeline, set_scheduler
-from ..sampling import sample
+from ..sampling import sample, wanted_pictures
 from ..training.families import family_of
 
 OnStep = Callable[[int, int], None]
@@ -56,13 +56,13 @@ class Artist:
             pipeline.scheduler = self._own_scheduler
             if config.scheduler_type is not None:
                 set_scheduler(pipeline, config.scheduler_type)
-            prompts = [prompt for prompt in config.prompt for _ in range(config.num_images_per_prompt)]
+            wanted = wanted_pictures(config.prompt, config.num_images_per_prompt, config.seed)
             side = default_resolution(pipeline)
             with adapter.mixed({_inside(name): weight for name, weight in (mixes[0] if mixes else {}).items()}):
                 images = sample(
                     pipeline,
-                    prompts,
-                    [config.seed + i for i in range(len(prompts))],
+                    [picture.prompt for picture in wanted],
+                    [picture.seed for picture in wanted],
                     batch_size=config.batch_size,
                     num_inference_steps=config.num_inference_steps,
                     guidance_scale=config.guidance_scale,

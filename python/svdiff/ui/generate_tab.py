@@ -12,6 +12,7 @@ from svdiff_kernels import SVDiffError
 
 from ..generate import GenerateConfig, check
 from ..pipelines import SCHEDULERS
+from ..sampling import wanted_pictures
 from . import look
 from .artist import Artist
 from .child import arguments
@@ -120,9 +121,9 @@ class GenerateTab:
             images = self._artist.draw(config, mixes, lambda done, total: progress((done, total), unit="steps"))
         except SVDiffError as error:
             return {self._status: look.status(error, "error")}
-        prompts = [prompt for prompt in config.prompt for _ in range(config.num_images_per_prompt)]
+        wanted = wanted_pictures(config.prompt, config.num_images_per_prompt, config.seed)
         several = len(config.prompt) > 1
-        captions = [f"{prompt}, " * several + f"seed {config.seed + i}" for i, prompt in enumerate(prompts)]
+        captions = [f"{picture.prompt}, " * several + f"seed {picture.seed}" for picture in wanted]
         of_what = config.mix[0].replace(":", " ").replace(",", ", ") if config.mix else "the base model"
         return {
             self._status: look.status(f"{len(images)} pictures, drawn with {of_what}", "done"),
