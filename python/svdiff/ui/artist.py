@@ -36,7 +36,7 @@ class Artist:
         self._pipeline: Any = None
         self._adapter: Adapter | None = None
         self._own_scheduler: Any = None
-        self._loaded: dict[str, tuple[Path, int]] = {}
+        self._loaded: dict[str, tuple[Path, tuple[int, ...]]] = {}
 
     def draw(self, config: GenerateConfig, mixes: Sequence[Mapping[str, float]], on_step: OnStep) -> list[Image]:
         """As `svdiff.generate` draws, prompt by prompt.
@@ -85,7 +85,8 @@ class Artist:
 
     def _load_shifts(self, adapter: Adapter, name: str, path: Path) -> None:
         """Unless they are loaded; but a run may have been gone on with since then."""
-        found = path, (path / FILE_NAMES["denoiser"]).stat().st_mtime_ns
+        files = filter(Path.exists, (path / name for name in FILE_NAMES.values()))
+        found = path, tuple(file.stat().st_mtime_ns for file in files)
         if self._loaded.get(name) != found:
             adapter.load_weights(path, _inside(name), activate=False)
             self._loaded[name] = found
