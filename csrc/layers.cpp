@@ -18,10 +18,6 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
 
-bool is_half(const Tensor& t) {
-  return c10::isReducedFloatingType(t.scalar_type());
-}
-
 Tensor as_rows(const Tensor& scale) {
   return scale.dim() == 2 ? scale : scale.unsqueeze(0);
 }
@@ -47,7 +43,7 @@ struct ScaledLinear : Function<ScaledLinear> {
     check_frozen(Vh, "svdiff::scaled_linear: Vh");
     const bool trained = scale.requires_grad();
     const at::AutoDispatchBelowADInplaceOrView below;
-    const Tensor z = is_half(x) ? call::frozen_linear(x, Vh, std::nullopt, Vh.scalar_type()) : at::linear(x, Vh);
+    const Tensor z = call::frozen_linear(x, Vh, std::nullopt, Vh.scalar_type());
     ctx->save_for_backward({U, scale, Vh, trained ? z : Tensor()});
     return call::expand(z, U, as_rows(scale), bias, x.scalar_type());
   }
@@ -58,10 +54,7 @@ struct ScaledLinear : Function<ScaledLinear> {
     const bool need_dx = ctx->needs_input_grad(0), need_dscale = ctx->needs_input_grad(2);
     const OptionalTensor z = need_dscale ? OptionalTensor(saved[3]) : std::nullopt;
     const auto [dz, dscale] = call::expand_backward(grads[0], z, U, as_rows(scale), need_dx);
-    Tensor dx;
-    if (need_dx) {
-      dx = is_half(Vh) ? call::frozen_linear(dz, Vh.t(), std::nullopt, std::nullopt) : at::matmul(dz, Vh);
-    }
+    const Tensor dx = need_dx ? call::frozen_linear(dz, Vh.t(), std::nullopt, std::nullopt) : Tensor();
     return {dx, {}, need_dscale ? dscale.view_as(scale) : Tensor(), {}, {}};
   }
 };

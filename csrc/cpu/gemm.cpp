@@ -1,10 +1,13 @@
 #include "gemm.h"
 
 #include <ATen/ATen.h>
+#include <ATen/Context.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/DispatchKeySet.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -19,8 +22,15 @@ using at::Tensor;
 // Elements of a half-precision W that are held in fp32 at a time: they should stay in the shared cache.
 constexpr int64_t kTile = 1 << 20;
 
+// Operations below which a product is over before oneDNN has prepared it.
+constexpr int64_t kPreparing = 4'000'000;
+
+// Up to here an image has so few pixels that a product of its own is slow.
+constexpr int64_t kFewPixels = 32;
+
 struct Native {
   bool bf16 = true, fp16 = true;
+  bool intel = true;  // where MKL, which torch multiplies fp32 with, uses all that the CPU has
 };
 
 Native detect() {
@@ -35,8 +45,62 @@ Native detect() {
   }
   native.bf16 = (a1 >> 5 & 1) || (d0 >> 22 & 1);   // AVX512_BF16, AMX_BF16
   native.fp16 = (d0 >> 23 & 1) || (a1 >> 21 & 1);  // AVX512_FP16, AMX_FP16
+  if (__get_cpuid(0, &a, &b, &c, &d)) {
+    char vendor[12];
+    std::memcpy(vendor, &b, 4);
+    std::memcpy(vendor + 4, &d, 4);
+    std::memcpy(vendor + 8, &c, 4);
+    native.intel = std::memcmp(vendor, "GenuineIntel", 12) == 0;
+  }
 #endif
   return native;
+}
+
+const Native& native() {
+  static const Native found = detect();
+  return found;
+}
+
+// Whether a product of so many operations had better be oneDNN's: on CPUs of other makers MKL leaves half of the speed
+// unused. torch.backends.mkldnn.enabled has the last word.
+bool suits_onednn(at::ScalarType type, int64_t operations) {
+  static const bool there = !native().intel && at::hasMKL() && at::hasMKLDNN();
+  return there && type == at::kFloat && operations >= kPreparing && at::globalContext().userEnabledMkldnn();
+}
+
+int64_t operations_of(const Tensor& a, const Tensor& b) {
+  return 2 * a.size(0) * a.size(1) * b.size(1);
+}
+
+// a @ b + bias by oneDNN, of which torch has no other door for fp32; undefined if this torch does not have that either.
+Tensor by_onednn(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias) {
+  static const auto linear = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
+  if (!linear) {
+    return {};
+  }
+  c10::Stack stack{a, b.t(), bias, "none", c10::List<std::optional<at::Scalar>>(), ""};
+  linear->callBoxed(stack);
+  return stack.front().toTensor();
+}
+
+// a [m, k] @ b [k, n] (+ bias [n]).
+Tensor gemm(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias = std::nullopt) {
+  if (suits_onednn(a.scalar_type(), operations_of(a, b))) {
+    if (Tensor y = by_onednn(a, b, bias); y.defined()) {
+      return y;
+    }
+  }
+  return bias ? at::addmm(*bias, a, b) : at::mm(a, b);
+}
+
+// y = a @ b, or if not `fresh` y += a @ b.
+void gemm_into(Tensor& y, const Tensor& a, const Tensor& b, bool fresh) {
+  if (suits_onednn(a.scalar_type(), operations_of(a, b))) {
+    const Tensor product = gemm(a, b);
+    fresh ? y.copy_(product) : y.add_(product);
+  } else {
+    fresh ? at::mm_out(y, a, b) : y.addmm_(a, b);
+  }
 }
 
 // The lines of a dense matrix [lines, length] in fp32, a block at a time: use(first, last, block).
@@ -67,13 +131,13 @@ Tensor wide_mm(const std::vector<Tensor>& inputs, const Tensor& W, bool transpos
     for (int64_t i = 0; i < images; ++i) {
       if (by_outputs) {
         Tensor part = y[i].slice(columns, first, last);
-        transposed ? at::mm_out(part, block, inputs[i]) : at::mm_out(part, inputs[i], block.t());
+        transposed ? gemm_into(part, block, inputs[i], true) : gemm_into(part, inputs[i], block.t(), true);
         continue;
       }
       const Tensor a = inputs[i].slice(columns, first, last);
       Tensor part = y[i];
       const Tensor &left = transposed ? block.t() : a, &right = transposed ? a : block;
-      first == 0 ? at::mm_out(part, left, right) : part.addmm_(left, right);
+      gemm_into(part, left, right, first == 0);
     }
   });
   return y;
@@ -100,8 +164,7 @@ Tensor wide_product(const Tensor& t, const Tensor& W, const std::optional<Tensor
 }  // namespace
 
 bool widens(at::ScalarType type) {
-  static const Native native = detect();
-  return (type == at::kBFloat16 && !native.bf16) || (type == at::kHalf && !native.fp16);
+  return (type == at::kBFloat16 && !native().bf16) || (type == at::kHalf && !native().fp16);
 }
 
 int64_t lines_at_a_time(int64_t lines, int64_t length) {
@@ -119,18 +182,26 @@ Tensor product(const Tensor& t, const Tensor& W, const std::optional<Tensor>& bi
     return wide_product(t, W, bias).to(out);
   }
   if (!columns_dense(t)) {
-    const Tensor t2 = t.reshape({count_rows(t), t.size(-1)});
-    Tensor y = bias ? at::addmm(*bias, t2, W) : at::mm(t2, W);
+    const Tensor y = gemm(t.reshape({count_rows(t), t.size(-1)}), W, bias);
     auto sizes = t.sizes().vec();
     sizes.back() = W.size(1);
     return y.view(sizes);
   }
-  const Tensor tc = t.transpose(1, 2), Wt = W.t();  // [B, k, P], [n, k]
-  if (t.size(0) == 1) {
-    const Tensor y = bias ? at::addmm(bias->unsqueeze(1), Wt, tc[0]) : at::mm(Wt, tc[0]);
-    return y.unsqueeze(0).transpose(1, 2);
+  const int64_t B = t.size(0), P = t.size(1), k = t.size(2), n = W.size(1);
+  const Tensor Wt = W.t(), tc = t.transpose(1, 2);  // [n, k], [B, k, P]
+  const int64_t operations = 2 * B * P * k * n;
+  if (B == 1 || suits_onednn(W.scalar_type(), operations) || (P <= kFewPixels && operations >= kPreparing)) {
+    // One product for all images: their columns side by side.
+    const Tensor joined = gemm(Wt, tc.transpose(0, 1).reshape({k, B * P})).view({n, B, P}).transpose(0, 1);
+    Tensor y = B == 1 ? joined : at::empty({B, n, P}, t.options());
+    if (bias) {
+      at::add_out(y, joined, bias->unsqueeze(1));
+    } else if (B > 1) {
+      y.copy_(joined);
+    }
+    return y.transpose(1, 2);
   }
-  const Tensor Wb = Wt.expand({t.size(0), Wt.size(0), Wt.size(1)});
+  const Tensor Wb = Wt.expand({B, n, k});
   return (bias ? at::baddbmm(bias->unsqueeze(1), Wb, tc) : at::bmm(Wb, tc)).transpose(1, 2);
 }
 

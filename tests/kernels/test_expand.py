@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,8 +38,15 @@ rows = pytest.mark.parametrize(("lead", "S", "columns"), ROWS, ids=str)
 M, R = 29, 17
 
 
-def make(lead: tuple[int, ...], S: int, columns: bool, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+def make(
+    lead: tuple[int, ...],
+    S: int,
+    columns: bool,
+    dtype: torch.dtype = torch.float64,
+    size: tuple[int, int] = (M, R),
+) -> dict[str, Tensor]:
     """Random arguments; z and dy in the layout of a conv in NCHW if columns."""
+    M, R = size
 
     def rows(width: int) -> Tensor:
         t = torch.randn(*lead, width, dtype=torch.float64).to(dtype)
@@ -61,8 +69,8 @@ def truth(a: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     z, U, scale, bias, dy = (a[k].detach().double() for k in ("z", "U", "scale", "bias", "dy"))
     z, scale = z.clone().requires_grad_(), scale.clone().requires_grad_()
     S, T = len(scale), z.shape[:-1].numel()
-    y = (z.reshape(T, R) * scale.repeat_interleave(T // S, 0)) @ U.T + bias
-    y = y.view(*z.shape[:-1], M)
+    y = (z.reshape(T, -1) * scale.repeat_interleave(T // S, 0)) @ U.T + bias
+    y = y.view(*z.shape[:-1], -1)
     return y.detach(), *torch.autograd.grad(y, (z, scale), dy)
 
 
@@ -79,6 +87,45 @@ def test_matches_fp64(which: str, lead: tuple[int, ...], S: int, columns: bool, 
     actual_dz, actual_dscale = backward(a["dy"], a["z"], a["U"], a["scale"], True)
     assert actual_dz.dtype == dtype and relative(actual_dz, dz) <= tolerance
     assert actual_dscale.dtype == a["scale"].dtype and relative(actual_dscale, dscale) <= tolerance
+
+
+LARGE = [((300,), 1, False), ((4, 75), 4, False), ((16, 20), 16, True), ((4, 100), 1, True), ((1, 300), 1, True)]
+
+
+@pytest.mark.parametrize(("lead", "S", "columns"), LARGE, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("onednn", [True, False])
+def test_large_products_match_fp64_whoever_multiplies(
+    lead: tuple[int, ...], S: int, columns: bool, dtype: torch.dtype, onednn: bool
+) -> None:
+    a = make(lead, S, columns, dtype, (160, 96))
+    y, dz, dscale = truth(a)
+    tolerance = EXACT.get(dtype, 4 * torch.finfo(dtype).eps)
+    with torch.backends.mkldnn.flags(enabled=onednn):
+        actual = served(a["z"], a["U"], a["scale"], a["bias"])
+        actual_dz, actual_dscale = torch.ops.svdiff.expand_backward(a["dy"], a["z"], a["U"], a["scale"], True)
+    assert relative(actual, y) <= tolerance
+    assert relative(actual_dz, dz) <= tolerance and relative(actual_dscale, dscale) <= tolerance
+    for result in (actual, actual_dz):
+        assert ops.columns_dense(result) == columns
+        assert (result.transpose(1, 2) if columns else result).is_contiguous()
+
+
+def test_other_makers_cpus_multiply_by_onednn() -> None:
+    if backends.extension is None or not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+        pytest.skip("no extension, or a torch without MKL or oneDNN")
+    x, weight = torch.randn(300, 96), torch.randn(160, 96)
+
+    def calls(width: int) -> set[str]:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            ops.frozen_linear(x[:, :width], weight[:, :width])
+        return {event.key for event in profile.key_averages()}
+
+    slow_mkl = "GenuineIntel" not in Path("/proc/cpuinfo").read_text()
+    assert ("mkldnn::_linear_pointwise" in calls(96)) == slow_mkl
+    assert "mkldnn::_linear_pointwise" not in calls(2)  # over before it is prepared
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert "mkldnn::_linear_pointwise" not in calls(96)
 
 
 @implementations
