@@ -64,10 +64,13 @@ def run(bench: BenchConfig) -> list[runner.Timing]:
     fusing = _fusing(adapter, bench.rounds)
     median = {timing.name: timing.p50 for timing in calls}
     rows = 2 * len(names) * bench.latents**2 * _STEPS  # guidance draws twice
-    pays_from = sum(fusing["fuse"]) / bench.rounds / (median["one adapter"] - median[_BASE]) * rows
+    saved = (median["one adapter"] - median[_BASE]) / rows  # by a fused model, for a latent pixel
+    pays = "never pays here"
+    if saved > 0:
+        pays = f"pays from {sum(fusing['fuse']) / bench.rounds / saved:,.0f} latent pixels"
     return [
         *calls,
-        *runner.summarise(fusing, subject=f"fusing, which pays from {pays_from:,.0f} latent pixels"),
+        *runner.summarise(fusing, subject=f"fusing, which {pays}"),
         *runner.summarise(_switching(adapter, names), subject="choosing other adapters"),
         *_many(bench),
     ]

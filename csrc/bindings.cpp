@@ -1,5 +1,7 @@
 // svdiff_kernels._C: loading it registers the kernels; what it exports says how they were built.
 
+#include "cpu/gemm.h"
+
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
@@ -29,4 +31,5 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled kernels of svdiff_kernels";
   m.def("build_info", &build_info, "What the extension was compiled with.");
+  m.def("prefers_onednn", &svdiff::prefers_onednn, "Whether large fp32 products on this CPU are oneDNN's, not MKL's.");
 }

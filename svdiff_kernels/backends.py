@@ -170,6 +170,13 @@ def fuses(device_type: str) -> bool:
     return serving(device_type) in ("triton", "cuda")
 
 
+def outruns_plain_layers(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch's own layers are so slow here that a spectral one, with its additional operations, is faster."""
+    if extension is None or device.type != "cpu" or dtype != torch.float32:
+        return False
+    return bool(extension.prefers_onednn())
+
+
 def factor_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Of the factors of a model in dtype: fp16 for bf16 on a GPU, where both are as fast and fp16 is eight times finer.
 

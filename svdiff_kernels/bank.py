@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .errors import SVDiffError
 from .mix import Key, Mix, Row, per_input
@@ -84,11 +85,10 @@ class Bank(nn.Module):
             del layer.delta
             object.__setattr__(layer, "_bank", self)  # a reference, not a child
         self._bind()
-        self._hook = None
-        object.__setattr__(self, "_root", root)
-        if root is not None:
-            root.add_module("spectral_bank", self)
-            self._hook = root.register_forward_pre_hook(self._before_root, with_kwargs=True)
+        self._hook: RemovableHandle | None = None
+        self._root: nn.Module | None
+        object.__setattr__(self, "_root", root)  # a reference, not a child
+        self.enter_root()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -263,6 +263,19 @@ class Bank(nn.Module):
         assert layer._bank_gain is not None
         return layer._bank_gain
 
+    def enter_root(self) -> None:
+        """Become a sub-module of the root, if there is one, and be called before it."""
+        if self._root is not None and self._hook is None:
+            self._root.add_module("spectral_bank", self)
+            self._hook = self._root.register_forward_pre_hook(self._before_root, with_kwargs=True)
+
+    def leave_root(self) -> None:
+        """Undo `enter_root`: for the time in which plain layers stand in for the spectral ones."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+            delattr(self._root, "spectral_bank")
+
     def release(self) -> None:
         """Undo the adoption: every layer gets the "default" delta back as a parameter of its own."""
         for layer, view in zip(self._layers.values(), self._views(), strict=True):
@@ -270,9 +283,7 @@ class Bank(nn.Module):
             layer._bank_gain = None
             del layer.delta
             layer.delta = nn.Parameter(view.clone())
-        if self._hook is not None:
-            self._hook.remove()
-            delattr(self._root, "spectral_bank")
+        self.leave_root()
 
     def forward(self, x: Any) -> Any:
         """x as it is: an `nn.Sequential` that is the root calls the bank like every other child."""

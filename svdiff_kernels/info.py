@@ -29,6 +29,7 @@ def info() -> dict[str, str]:
         facts["extension"] = f"built against torch {built['torch']} with {built['compiler']}, OpenMP {built['openmp']}"
         if built["torch"] != torch.__version__.split("+")[0]:
             facts["extension"] += f" (but torch {torch.__version__} is installed: reinstall svdiff-kernels)"
+        facts["fp32 products on cpu"] = "oneDNN" if backends.extension.prefers_onednn() else "torch's own"
     if backends.why_no_cuda or backends.extension is None:
         facts["cuda kernels"] = f"not used: {backends.why_no_cuda}"
     else:

@@ -23,10 +23,13 @@ using at::Tensor;
 constexpr int64_t kTile = 1 << 20;
 
 // Operations below which a product is over before oneDNN has prepared it.
-constexpr int64_t kPreparing = 4'000'000;
+constexpr int64_t kPreparing = 8'000'000;
 
 // Up to here an image has so few pixels that a product of its own is slow.
 constexpr int64_t kFewPixels = 32;
+
+// From here on a product is worth copying images into one matrix and out of it, if that makes it faster.
+constexpr int64_t kWorthCopying = 256;
 
 struct Native {
   bool bf16 = true, fp16 = true;
@@ -61,11 +64,8 @@ const Native& native() {
   return found;
 }
 
-// Whether a product of so many operations had better be oneDNN's: on CPUs of other makers MKL leaves half of the speed
-// unused. torch.backends.mkldnn.enabled has the last word.
 bool suits_onednn(at::ScalarType type, int64_t operations) {
-  static const bool there = !native().intel && at::hasMKL() && at::hasMKLDNN();
-  return there && type == at::kFloat && operations >= kPreparing && at::globalContext().userEnabledMkldnn();
+  return type == at::kFloat && operations >= kPreparing && prefers_onednn();
 }
 
 int64_t operations_of(const Tensor& a, const Tensor& b) {
@@ -163,6 +163,11 @@ Tensor wide_product(const Tensor& t, const Tensor& W, const std::optional<Tensor
 
 }  // namespace
 
+bool prefers_onednn() {
+  static const bool faster = !native().intel && at::hasMKL() && at::hasMKLDNN();
+  return faster && at::globalContext().userEnabledMkldnn();
+}
+
 bool widens(at::ScalarType type) {
   return (type == at::kBFloat16 && !native().bf16) || (type == at::kHalf && !native().fp16);
 }
@@ -190,7 +195,8 @@ Tensor product(const Tensor& t, const Tensor& W, const std::optional<Tensor>& bi
   const int64_t B = t.size(0), P = t.size(1), k = t.size(2), n = W.size(1);
   const Tensor Wt = W.t(), tc = t.transpose(1, 2);  // [n, k], [B, k, P]
   const int64_t operations = 2 * B * P * k * n;
-  if (B == 1 || suits_onednn(W.scalar_type(), operations) || (P <= kFewPixels && operations >= kPreparing)) {
+  const bool large = std::min(k, n) >= kWorthCopying && operations >= kPreparing;
+  if (B == 1 || (large && (P <= kFewPixels || suits_onednn(W.scalar_type(), operations)))) {
     // One product for all images: their columns side by side.
     const Tensor joined = gemm(Wt, tc.transpose(0, 1).reshape({k, B * P})).view({n, B, P}).transpose(0, 1);
     Tensor y = B == 1 ? joined : at::empty({B, n, P}, t.options());

@@ -16,6 +16,10 @@ inline int64_t count_rows(const at::Tensor& t) {
   return c10::multiply_integers(t.sizes().slice(0, t.dim() - 1));
 }
 
+// Whether large fp32 products are oneDNN's: on CPUs of other makers than Intel MKL, which torch's own layers multiply with,
+// leaves half of the speed unused. torch.backends.mkldnn.enabled has the last word.
+bool prefers_onednn();
+
 // Whether a product with a matrix of this type is better computed in fp32: half precision where the CPU has no
 // instructions for it, and vendor GEMMs fall to a quarter of fp32's speed (bf16) or a hundredth (fp16).
 bool widens(at::ScalarType type);

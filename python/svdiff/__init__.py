@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from .attach import attach, load
     from .combine import CombineConfig, CombineResult, combine
     from .edit import EditConfig, EditResult, edit
+    from .export import ExportConfig, ExportResult, export
+    from .extract import ExtractConfig, ExtractResult, extract
     from .generate import GenerateConfig, GenerateResult, generate
     from .train import TrainConfig, TrainResult, train
 
@@ -28,6 +30,10 @@ __all__ = [
     "CombineResult",
     "EditConfig",
     "EditResult",
+    "ExportConfig",
+    "ExportResult",
+    "ExtractConfig",
+    "ExtractResult",
     "GenerateConfig",
     "GenerateResult",
     "TrainConfig",
@@ -35,6 +41,8 @@ __all__ = [
     "attach",
     "combine",
     "edit",
+    "export",
+    "extract",
     "generate",
     "load",
     "train",
@@ -46,6 +54,8 @@ _HOMES = {
     "load": "attach",
     **dict.fromkeys(("CombineConfig", "CombineResult", "combine"), "combine"),
     **dict.fromkeys(("EditConfig", "EditResult", "edit"), "edit"),
+    **dict.fromkeys(("ExportConfig", "ExportResult", "export"), "export"),
+    **dict.fromkeys(("ExtractConfig", "ExtractResult", "extract"), "extract"),
     **dict.fromkeys(("GenerateConfig", "GenerateResult", "generate"), "generate"),
     **dict.fromkeys(("TrainConfig", "TrainResult", "train"), "train"),
 }

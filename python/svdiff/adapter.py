@@ -57,6 +57,11 @@ class Adapter:
         self._lot = lot
         self._left_out = left_out
 
+    @property
+    def parts(self) -> list[AttachedModel]:
+        """The attached models."""
+        return list(self._attached())
+
     def param_groups(
         self, lr: float = 1e-3, lr_1d: float = 1e-6, *, lr_text_encoder: float | None = None
     ) -> list[dict[str, Any]]:

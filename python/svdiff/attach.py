@@ -64,7 +64,7 @@ def attach(
         raise SVDiffError(f"one_dim {one_dim!r} is not one of {', '.join(get_args(OneDim))}")
     if rank is not None and rank < 1:
         raise SVDiffError(f"rank must be at least 1, not {rank}")
-    models = _models_of(model_or_pipeline)
+    models = models_of(model_or_pipeline)
     lone = isinstance(model_or_pipeline, nn.Module)
     named = set() if isinstance(text_encoder, bool) else set(text_encoder)
     if unknown := sorted(named - models.keys()):
@@ -107,7 +107,7 @@ def load(
     Raises:
         SVDiffError: no file, a damaged one, or one for another base. The model is then as it was.
     """
-    models = _models_of(model_or_pipeline)
+    models = models_of(model_or_pipeline)
     adapters = {
         name: checkpoint.read_all(own) for name, own in (path if isinstance(path, Mapping) else {TRAINED: path}).items()
     }
@@ -195,7 +195,7 @@ def _sigmas_of(weights: Mapping[str, Tensor], *, store: FactorCache | None, layo
     return {path: sigma for path, sigma in found.items() if sigma is not None}
 
 
-def _models_of(model_or_pipeline: Any) -> dict[str, nn.Module]:
+def models_of(model_or_pipeline: Any) -> dict[str, nn.Module]:
     """What can be adapted, by its role in a pipeline."""
     if isinstance(model_or_pipeline, nn.Module):
         from_transformers = any(c.__module__.startswith("transformers.") for c in type(model_or_pipeline).__mro__)

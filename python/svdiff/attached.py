@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -109,6 +110,11 @@ class AttachedModel:
             raise
 
     @property
+    def layers(self) -> Mapping[str, Any]:
+        """The spectral layers by path, also while plain ones stand in for them."""
+        return MappingProxyType(self._layers)
+
+    @property
     def is_fused(self) -> bool:
         """Whether plain layers stand in for the spectral ones."""
         return bool(self._fused)
@@ -120,17 +126,22 @@ class AttachedModel:
         sizes = {path: layer.rank * math.prod(layer.weight.shape) for path, layer in self._layers.items()}
         with arithmetic_bar(sum(sizes.values()), "Fusing", delay=3) as bar:
             for path, layer in self._layers.items():
-                plain[path] = layer.merge(self._original_weight(path))
+                plain[path] = layer.merge(self.original_weight(path))
                 bar.advance(sizes[path])
         self._fused = plain  # before the first of them is in the model, so that `unfuse` can take it out
         self._swap({id(layer): plain[path] for path, layer in self._layers.items()})
+        self.bank.leave_root()
 
     def unfuse(self) -> None:
         """Put the spectral layers back, just as they were (cast and moved, if the model has been since)."""
+        if not self._fused:
+            return
         for path, plain in self._fused.items():
             like = weight_of(plain)
             self._layers[path].to(like.device, like.dtype).train(plain.training)
+        self.bank.to(like.device, like.dtype)
         self._swap({id(plain): self._layers[path] for path, plain in self._fused.items()})
+        self.bank.enter_root()
         self._fused = {}
 
     def detach(self) -> None:
@@ -198,8 +209,8 @@ class AttachedModel:
                 if id(child) in substitutes:
                     parent._modules[name] = substitutes[id(child)]
 
-    def _original_weight(self, path: str) -> Tensor:
-        """Wherever it is; on the layer's device and in its dtype, which follow the model's."""
+    def original_weight(self, path: str) -> Tensor:
+        """Of a layer, wherever it is; on the layer's device and in its dtype, which follow the model's."""
         layer, ticket = self._layers[path], self._tickets.get(path)
         base = getattr(layer, "base", None)
         held = weight_of(self._originals[path]).data if base is None else base
@@ -210,7 +221,7 @@ class AttachedModel:
         self._swap({id(layer): self._originals[path] for path, layer in self._layers.items()})
         for path, layer in self._layers.items():
             original = self._originals[path]
-            weight_of(original).data = self._original_weight(path)
+            weight_of(original).data = self.original_weight(path)
             if layer.bias is not None:
                 original.bias.data = layer.bias.data
             original.train(layer.training)

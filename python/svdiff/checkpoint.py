@@ -34,6 +34,7 @@ Content = tuple[dict[str, Tensor], dict[str, str]]
 """Tensors and metadata of a file, by key."""
 
 _SUFFIX = ".delta"
+_AUTHORS_SUFFIX = ".parametrizations.weight.0.eigenvalues_delta"  # of phymhan/SVDiff
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _HASH_DIGITS = 16
 # transformers 5 dropped this prefix from CLIP's module paths; files keep it.
@@ -130,7 +131,7 @@ class DeltaFile:
 
 
 def read(path: Path) -> DeltaFile:
-    """Read a delta file of ours or of svdiff-pytorch, and check all that can be checked without the model.
+    """Read a delta file of ours, of svdiff-pytorch or of the paper's author, and check what needs no model for it.
 
     Raises:
         SVDiffError: no such file, not safetensors (nothing is ever unpickled), truncated, a key that is no delta, a
@@ -146,6 +147,7 @@ def read(path: Path) -> DeltaFile:
         raise SVDiffError(f"{path} is not a readable safetensors file: {_first_line(error)}") from error
     if not tensors:
         raise SVDiffError(f"{path} holds no spectral shifts")
+    tensors = {_of_the_author(key): tensor for key, tensor in tensors.items()}
     for key, tensor in tensors.items():
         if not key.endswith(_SUFFIX) or not tensor.is_floating_point():
             raise SVDiffError(f"{path.name}: key {key} is no spectral shift")
@@ -264,6 +266,10 @@ def model_path(path: str, known: Mapping[str, object]) -> str:
     """A module path of a file as the model has it."""
     bare = path.removeprefix(_CLIP_PREFIX)
     return bare if path not in known and bare in known else path
+
+
+def _of_the_author(key: str) -> str:
+    return key.removesuffix(_AUTHORS_SUFFIX) + _SUFFIX if key.endswith(_AUTHORS_SUFFIX) else key
 
 
 @contextmanager

@@ -42,6 +42,16 @@ COMMANDS = {
         "combine",
         ("operation",),
     ),
+    "export": Command(
+        "shifts as merged weights, a LoRA, or svdiff-pytorch's files",
+        "svdiff.export",
+        "ExportConfig",
+        "export",
+        ("format",),
+    ),
+    "extract": Command(
+        "the shifts nearest to a fine-tuned model or a LoRA", "svdiff.extract", "ExtractConfig", "extract", ("source",)
+    ),
     "demo": Command("the whole job in minutes on the built-in miniature model", "svdiff.demo", "DemoConfig", "demo"),
     "bench": Command("measure against what else could be used", "svdiff.bench", "BenchConfig", "bench", ("level",)),
     "cache": Command(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from svdiff_kernels import FactorCache, SVDiffError
+from svdiff_kernels.backends import outruns_plain_layers
 
 from . import checkpoint
 from .attach import Form, load
@@ -28,7 +29,8 @@ FUSED_FROM = 100_000
 
 A spectral layer of ``min(M, N) = m`` and ``max(M, N) = X`` takes ``2 T m^2`` operations more than a plain one for T
 rows, and fusing it ``2 m^2 X``. Summed over the layers of SD 1.5 or SDXL they are even at 45,000 to 48,000 latent
-pixels, at any resolution; by the clock at twice as many, since fusing reads and writes every weight, too."""
+pixels, at any resolution; by the clock at twice as many, since fusing reads and writes every weight, too. Where
+`backends.outruns_plain_layers`, it never pays."""
 
 
 @dataclass
@@ -129,7 +131,9 @@ def generate(config: GenerateConfig) -> GenerateResult:
             latent_pixels *= 2  # classifier-free guidance computes each with the prompt and without
         if adapter is not None and all(mix == mixes[0] for mix in mixes):
             adapter.set_adapters(list(mixes[0]), list(mixes[0].values()))
-            if config.form == "auto" and latent_pixels * config.num_inference_steps >= FUSED_FROM:
+            work = latent_pixels * config.num_inference_steps
+            fast = outruns_plain_layers(DTYPES[config.dtype], device)
+            if config.form == "auto" and work >= FUSED_FROM and not fast:
                 adapter.fuse()
             adapter = None
         images = sample(

@@ -114,6 +114,8 @@ def test_one_mix_for_much_work_is_fused(
     factored = generate(config).pictures[0]
     assert not fused
     module = importlib.import_module("svdiff.generate")
+    fast = [False]
+    monkeypatch.setattr(module, "outruns_plain_layers", lambda dtype, device: fast[0])
     work = 2 * 3 * (RESOLUTION // 2) ** 2  # with the prompt and without, in three steps
     monkeypatch.setattr(module, "FUSED_FROM", work)
     generate(replace(config, form="factored", output_dir=str(tmp_path / "asked")))
@@ -125,6 +127,9 @@ def test_one_mix_for_much_work_is_fused(
     generate(replace(config, output_dir=str(tmp_path / "too little")))
     monkeypatch.setattr(module, "FUSED_FROM", work)
     generate(replace(config, guidance_scale=1.0, output_dir=str(tmp_path / "without guidance")))
+    assert len(fused) == 1
+    fast[0] = True
+    generate(replace(config, output_dir=str(tmp_path / "plain layers are slow here")))
     assert len(fused) == 1
 
 
