@@ -59,7 +59,7 @@ def load_pipeline(name_or_path: str, *, revision: str | None = None, variant: st
     from diffusers import DiffusionPipeline
 
     where = _place_of(name_or_path)
-    with _loading(name_or_path):
+    with loading(name_or_path):
         listed = DiffusionPipeline.load_config(where, revision=revision)
         left_out: dict[str, Any] = {part: None for part, kind in listed.items() if kind == [None, None]}
         if "safety_checker" in listed:
@@ -90,7 +90,7 @@ def listed_classes(name_or_path: str) -> dict[str, str]:
     from diffusers import DiffusionPipeline
 
     where = _place_of(name_or_path)
-    with _loading(name_or_path):
+    with loading(name_or_path):
         listed = DiffusionPipeline.load_config(where)
     parts = {name: kind[1] for name, kind in listed.items() if isinstance(kind, list) and kind[1]}
     return {**parts, "pipeline": listed["_class_name"]}
@@ -194,7 +194,7 @@ def _place_of(name_or_path: str) -> str:
 
 
 @contextmanager
-def _loading(name: str) -> Iterator[None]:
+def loading(name: str) -> Iterator[None]:
     """Within, whatever a damaged folder makes of the loaders of three libraries is one error, and there is no noise."""
     try:
         with _quiet_loading():
