@@ -1,9 +1,9 @@
 """What svdiff-pytorch 0.2 computes, and the files that it writes, from its formula alone; no code of this package.
 
 Every weight of a Linear, Conv2d, Embedding, LayerNorm and GroupNorm is a matrix: a kernel is ``co (ci h w)``, a vector
-one row. ``W = U diag(S) Vh`` becomes ``U diag(relu(S + scale * delta)) Vh``. A file holds ``<module path>.delta`` ``[r]``
-in fp32, without metadata, of the UNet in ``spectral_shifts.safetensors``, of the text encoder in
-``spectral_shifts_te.safetensors`` with paths that begin with ``text_model.``, which transformers 5 has no longer.
+one row. ``W = U diag(S) Vh`` becomes ``U diag(relu(S + scale * delta)) Vh``. A file holds ``<module path>.delta``,
+``[r]`` in fp32, without metadata: of the UNet in ``spectral_shifts.safetensors``, of the text encoder in
+``spectral_shifts_te.safetensors``, where paths begin with ``text_model.``, which transformers 5 has no longer.
 """
 
 from __future__ import annotations

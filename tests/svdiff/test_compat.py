@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -251,9 +250,7 @@ class TestModels:
         again = load_unet_for_svdiff(trained.folder, trained.run, subfolder="unet")
         assert torch.equal(predicted(first), predicted(again))
 
-    def test_ddp_leaves_the_factors_where_they_are(
-        self, unet: Any, text_encoder: Any, tmp_path: Path
-    ) -> None:
+    def test_ddp_leaves_the_factors_where_they_are(self, unet: Any, text_encoder: Any, tmp_path: Path) -> None:
         torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
         try:
             for model in (unet, text_encoder):
@@ -283,7 +280,10 @@ def groups(*models: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
 
 
 def adamw(params: list[Any], params_1d: list[Any]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([{"params": params}, {"params": params_1d, "lr": 1e-4}], lr=1e-2, weight_decay=1e-2)
+    """With an epsilon above the rounding of gradients, whose signs Adam would take for steps."""
+    return torch.optim.AdamW(
+        [{"params": params}, {"params": params_1d, "lr": 1e-4}], lr=1e-2, weight_decay=1e-2, eps=1e-6
+    )
 
 
 class TestTraining:
@@ -365,7 +365,7 @@ def original_zeros(model: nn.Module) -> dict[str, Tensor]:
     return {path: torch.zeros_like(S) for path, (_, S, _, _) in original.decomposed(model).items()}
 
 
-SCRIPT = '''
+SCRIPT = """
 import os
 import sys
 
@@ -374,7 +374,8 @@ from diffusers import StableDiffusionPipeline
 from svdiff_pytorch import SCHEDULER_MAPPING, image_grid, load_text_encoder_for_svdiff, load_unet_for_svdiff
 from transformers import CLIPTextModel
 
-base, run, scale, half, out = sys.argv[1], sys.argv[2], float(sys.argv[3]), sys.argv[4] == "fp16", sys.argv[5]
+base, run, scale, precision, out = sys.argv[1], sys.argv[2], float(sys.argv[3]), sys.argv[4], sys.argv[5]
+half = precision == "fp16"
 device = "cuda" if torch.cuda.is_available() else "cpu"
 shifts_of_text = os.path.join(run, "spectral_shifts_te.safetensors")
 unet = load_unet_for_svdiff(base, spectral_shifts_ckpt=run, subfolder="unet").to(device)
@@ -410,7 +411,7 @@ if pipe.unet.conv_out.scale != scale:
                 module.set_scale(scale=scale)
 generator = torch.Generator(device=device).manual_seed(3)
 images = []
-with torch.autocast(device, enabled=half), torch.inference_mode():
+with torch.autocast(device, enabled=precision == "autocast"), torch.inference_mode():
     for prompt in ("a dog", "a cat"):
         images.extend(
             pipe(
@@ -419,28 +420,34 @@ with torch.autocast(device, enabled=half), torch.inference_mode():
             ).images
         )
 image_grid(images, 2, 2).save(out)
-'''
+"""
 
 
 class TestInference:
     @pytest.mark.parametrize(
-        ("scale", "dtype", "trained_text"), [(1.0, "fp32", True), (0.5, "fp32", True), (1.0, "fp32", False),
-                                             (1.0, "fp16", True)]
-    )  # fmt: skip
+        ("scale", "precision", "trained_text"),
+        [
+            (1.0, "fp32", True),
+            (0.5, "fp32", True),
+            (1.0, "fp32", False),
+            (1.0, "autocast", True),
+            (1.0, "fp16", True),
+        ],
+    )
     def test_a_script_runs_with_its_import_line_changed(
-        self, trained: Base, tmp_path: Path, scale: float, dtype: str, trained_text: bool
+        self, trained: Base, tmp_path: Path, scale: float, precision: str, trained_text: bool
     ) -> None:
         changed = SCRIPT.replace("from svdiff_pytorch import", "from svdiff.compat.svdiff_pytorch import")
         (tmp_path / "inference.py").write_text(changed)
         text_deltas = trained.text_deltas if trained_text else None
         run = original.save_deltas(tmp_path / "run", trained.unet_deltas, text_deltas)
-        command = [sys.executable, tmp_path / "inference.py", trained.folder, run, str(scale), dtype]
+        command = [sys.executable, tmp_path / "inference.py", trained.folder, run, scale, precision]
         done = subprocess.run([*map(str, command), str(tmp_path / "grid.png")], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         drawn = np.asarray(Image.open(tmp_path / "grid.png")).astype(int)
         assert drawn.shape == (32, 32, 3)
         wanted = self.expected(trained, scale, text_deltas)
-        if dtype == "fp32":
+        if precision == "fp32":
             assert np.abs(drawn - wanted).max() <= 1
         else:
             assert np.abs(drawn - wanted).mean() < 0.2 * np.abs(wanted - self.expected(trained, 0, None)).mean()
@@ -586,23 +593,19 @@ def test_image_grid() -> None:
 def test_schedulers() -> None:
     import diffusers
 
-    assert SCHEDULER_MAPPING == {
-        "ddim": diffusers.DDIMScheduler,
-        "plms": diffusers.PNDMScheduler,
-        "lms": diffusers.LMSDiscreteScheduler,
-        "euler": diffusers.EulerDiscreteScheduler,
-        "euler_ancestral": diffusers.EulerAncestralDiscreteScheduler,
-        "dpm_solver++": diffusers.DPMSolverMultistepScheduler,
-    }
+    names = {
+        "ddim": "DDIM", "plms": "PNDM", "lms": "LMSDiscrete", "euler": "EulerDiscrete",
+        "euler_ancestral": "EulerAncestralDiscrete", "dpm_solver++": "DPMSolverMultistep",
+    }  # fmt: skip
+    found = {name: getattr(diffusers, f"{kind}Scheduler") for name, kind in names.items()}
+    assert found == SCHEDULER_MAPPING
 
 
 def test_modules_are_where_they_were() -> None:
     from svdiff.compat.svdiff_pytorch import layers, utils
-    from svdiff.compat.svdiff_pytorch.pipeline_stable_diffusion_ddim_inversion import (
-        StableDiffusionPipelineWithDDIMInversion as there,
-    )
+    from svdiff.compat.svdiff_pytorch import pipeline_stable_diffusion_ddim_inversion as inversion
 
-    assert there is StableDiffusionPipelineWithDDIMInversion
+    assert inversion.StableDiffusionPipelineWithDDIMInversion is StableDiffusionPipelineWithDDIMInversion
     assert utils.slerp_tensor is slerp_tensor
     for name in ("SVDConv2d", "SVDLinear", "SVDEmbedding", "SVDLayerNorm", "SVDGroupNorm"):
         assert issubclass(getattr(layers, name), SpectralModule)
@@ -610,7 +613,7 @@ def test_modules_are_where_they_were() -> None:
 
 @pytest.mark.parametrize("missing", ["diffusers", "transformers"])
 def test_without_diffusers_it_says_so(missing: str) -> None:
-    code = f"import sys; sys.modules[{missing!r}] = None; import svdiff, svdiff.compat; import svdiff.compat.svdiff_pytorch"
+    code = f"import sys; sys.modules[{missing!r}] = None; import svdiff.compat; import svdiff.compat.svdiff_pytorch"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1] == (
@@ -657,7 +660,7 @@ def pickled(trained: Base, run: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (of_another_width, r"attn2\.to_[kv]\.delta has shape \[8\]|attn2\.to_[kv]\.delta has shape"),
+        (of_another_width, r"attn2\.to_[kv]\.delta has shape"),
         (of_another_depth, "belongs to no adapted layer of this model"),
         (reshaped_as_kohya, r"has shape \[[13]\], but the model's has .*conv reshape"),
         (of_the_text_encoder, "belongs to no adapted layer of this model"),

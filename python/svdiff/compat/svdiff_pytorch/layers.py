@@ -1,4 +1,4 @@
-"""Spectral layers with svdiff-pytorch's handles: a ``delta`` of their own, ``scale``, ``set_scale``, ``perform_svd``."""
+"""Spectral layers with svdiff-pytorch's handles: ``delta`` of their own, ``scale``, ``set_scale``, ``perform_svd``."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -34,8 +35,9 @@ class _SpectralModel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of what the model computes. Its first parameter, a delta, is in fp32 whatever the model is cast to."""
-        layers = (layer.dtype for layer in self.modules() if isinstance(layer, SVDLayer))
-        return next(layers, torch.float32)  # while it is loaded there are none
+        layers: Iterator[Any] = (layer for layer in self.modules() if isinstance(layer, SVDLayer))
+        dtype: torch.dtype = getattr(next(layers, None), "dtype", torch.float32)  # while it is loaded there are none
+        return dtype
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Refused: nobody could load what would be written, for it has factors instead of weights."""
@@ -129,7 +131,7 @@ def make_spectral(model: nn.Module, modules: dict[str, nn.Module], shifts: Path 
             weights[path].data = weights[path].new_empty(0)  # memory never holds all weights and all factors
             bar.advance(costs[path])
     for path, delta in deltas.items():
-        model.get_submodule(path).delta.data.copy_(delta)
+        model.get_parameter(f"{path}.delta").data.copy_(delta)
     # Or DDP would send all factors to all processes in every step.
     frozen = [f"{path}.{name}" for path in modules for name, _ in model.get_submodule(path).named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)

@@ -86,17 +86,19 @@ class StableDiffusionPipelineWithDDIMInversion(StableDiffusionPipeline):
         if num_reg_steps:
             raise SVDiffError(f"num_reg_steps {num_reg_steps}: inversion without regularisation (0) is all there is")
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        if (prompts is None) == (prompt_embeds is None):
+        call: dict[str, Any] = {"cross_attention_kwargs": cross_attention_kwargs}
+        if prompts is not None and prompt_embeds is None:
+            wanted = len(prompts)
+        elif prompts is None and prompt_embeds is not None:
+            wanted = len(prompt_embeds)
+            call["prompt_embeds"] = prompt_embeds
+        else:
             raise SVDiffError("invert needs either a prompt or prompt_embeds")
-        wanted = len(prompts if prompts is not None else prompt_embeds)
         start = self._latents_of(image, generator) if latents is None else latents
         if len(start) != wanted:
             if len(start) != 1:
                 raise SVDiffError(f"{len(start)} pictures for {wanted} prompts: give one prompt for each")
             start = start.expand(wanted, -1, -1, -1)
-        call: dict[str, Any] = {"cross_attention_kwargs": cross_attention_kwargs}
-        if prompt_embeds is not None:
-            call["prompt_embeds"] = prompt_embeds
         if callback is not None:
 
             def on_step_end(_: Any, step: int, timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
@@ -119,14 +121,13 @@ class StableDiffusionPipelineWithDDIMInversion(StableDiffusionPipeline):
         self, image: Picture | Sequence[Picture] | None, generator: torch.Generator | list[torch.Generator] | None
     ) -> Tensor:
         """A sample of what the VAE makes of pictures."""
-        pictures = [image] if isinstance(image, Picture) else list(image or ())
-        if not pictures:
+        given = [image] if isinstance(image, Picture) else list(image or ())
+        tensors = [one if one.dim() == 4 else one[None] for one in given if isinstance(one, Tensor)]
+        pictures = [one.convert("RGB") for one in given if isinstance(one, Image.Image)]
+        if not given:
             raise SVDiffError("invert needs an image, or its latents")
-        if all(isinstance(picture, Tensor) for picture in pictures):
-            pixels = torch.cat([picture if picture.dim() == 4 else picture[None] for picture in pictures])
-        elif all(isinstance(picture, Image.Image) for picture in pictures):
-            pixels = self.image_processor.preprocess([picture.convert("RGB") for picture in pictures])
-        else:
-            raise SVDiffError(f"an image is a PIL image or a tensor, or a list of one of these, not {type(image).__name__}")
+        if len(given) not in (len(tensors), len(pictures)):
+            raise SVDiffError(f"an image is a PIL image or a tensor, or a list of one kind, not {type(image).__name__}")
+        pixels = torch.cat(tensors) if tensors else self.image_processor.preprocess(pictures)
         mean, deviation = encode(self.vae, pixels)
         return mean + deviation * randn_tensor(mean.shape, generator, device=mean.device, dtype=mean.dtype)

@@ -110,7 +110,11 @@ def _find_shifts(place: StrPath | None, part: str, hf_hub_kwargs: dict[str, Any]
         return Path(hf_hub_download(os.fspath(place), filename=name, **(hf_hub_kwargs or {})))
     except Exception as error:  # of the client, of what it is built on, or of the network
         # Not if it is merely out of reach, which is an EntryNotFoundError too.
-        if part != "denoiser" and isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+        if (
+            part != "denoiser"
+            and isinstance(error, EntryNotFoundError)
+            and not isinstance(error, LocalEntryNotFoundError)
+        ):
             return None
         raise SVDiffError(
             f"there is no delta file {place}, nor can {name} be had from a hub repository of that name: "
