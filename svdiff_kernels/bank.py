@@ -103,7 +103,7 @@ class Bank(nn.Module):
     @property
     def scales(self) -> dict[str, Tensor]:
         """The scale of every layer by name, under the present mix; with a graph if gradients are on."""
-        return {name: layer.scale() for name, layer in self._layers.items()}
+        return {name: layer.shifted() for name, layer in self._layers.items()}
 
     @property
     def trained(self) -> tuple[nn.Parameter, nn.Parameter]:

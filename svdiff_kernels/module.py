@@ -45,13 +45,13 @@ class SpectralModule(nn.Module):
         """How many numbers are trained."""
         return self.sigma.shape[0]
 
-    def scale(self) -> Tensor:
+    def shifted(self) -> Tensor:
         """``relu(sigma + delta)``, ``[r]`` (of a norm in vector mode ``sigma + delta``)."""
         gain = self.gain()
         return self.sigma + gain if self.form == "residual" else gain
 
     def gain(self) -> Tensor:
-        """What the forward pass multiplies by: `scale`, less sigma in the residual form."""
+        """What the forward pass multiplies by: `shifted`, less sigma in the residual form."""
         if self._bank is None:
             return spectral_gain(self.sigma, self.delta, residual=self.form == "residual")
         return self._bank.gain_of(self)

@@ -38,7 +38,7 @@ class _SpectralVector(SpectralModule):
         self.dtype, self._weight_shape = weight.dtype, weight.shape
 
     def gain(self) -> Tensor:
-        """`scale`."""
+        """`shifted`."""
         if self._bank is None and self.form == "vector":
             return self.sigma + self.delta
         return super().gain()

@@ -17,21 +17,23 @@ from .progress import progress_options
 def invert(
     pipeline: Any,
     latents: Tensor,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | None,
     *,
     num_inference_steps: int = 50,
     guidance_scale: float = 1.0,
+    **call: Any,
 ) -> Tensor:
     """Follow the DDIM sampler backwards, from pictures to noise (Song et al., arXiv 2010.02502, equation 13).
 
-    The pipeline's scheduler is not touched.
+    The pipeline's scheduler and progress bar stay as they are.
 
     Args:
         pipeline: Stable Diffusion 1.x, 2.x or XL.
         latents: of pictures, ``[B, C, h, w]``; see `latents.encode`.
-        prompts: one for each. CoSINE takes those of what is to be drawn.
+        prompts: one for each. CoSINE takes those of what is to be drawn. None if `call` has their embeddings.
         num_inference_steps: of the sampler.
         guidance_scale: 1, without guidance, is what can be undone best.
+        call: what else the pipeline's call takes.
 
     Returns:
         Noise ``[B, C, h, w]``, from which DDIM in as many steps draws the pictures again, or nearly so.
@@ -46,21 +48,25 @@ def invert(
     settings = dict(kept.config)
     if settings.get("timestep_spacing") not in ("leading", "trailing"):
         settings["timestep_spacing"] = "leading"
-    pipeline.set_progress_bar_config(desc="Inverting", leave=False, **progress_options())
+    bar = dict(getattr(pipeline, "_progress_bar_config", {}))
+    how = progress_options(disable=bool(bar.get("disable")))
+    pipeline.set_progress_bar_config(desc="Inverting", leave=False, **how)
     pipeline.scheduler = DDIMInverseScheduler.from_config(settings, clip_sample=False)
     try:
         with torch.no_grad():
             noise: Tensor = pipeline(
-                list(prompts),
+                None if prompts is None else list(prompts),
                 latents=latents.to(pipeline.device, pipeline.unet.dtype),
                 height=latents.shape[2] * factor,
                 width=latents.shape[3] * factor,
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
                 output_type="latent",
+                **call,
             ).images
     finally:
         pipeline.scheduler = kept
+        pipeline.set_progress_bar_config(**bar)
     return noise
 
 

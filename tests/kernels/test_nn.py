@@ -119,7 +119,7 @@ def test_forms_agree_and_merge(name: str, form: str) -> None:
     assert type(merged) is type(module)
     assert relative(y, module(x)) <= 1e-5
     assert relative(merged(x), y) <= 1e-5
-    assert relative(layer.scale(), torch.relu(f.sigma + layer.delta)) <= 1e-6
+    assert relative(layer.shifted(), torch.relu(f.sigma + layer.delta)) <= 1e-6
     assert (layer.base is not None) == (form == "residual")
     assert {n for n, _ in layer.named_buffers()} - {"base"} == {"sigma", "U", "Vh"}
 

@@ -171,7 +171,7 @@ def test_rank(format: str, wanted: dict[str, float], bases: dict[str, str], shif
     adapter.load_weights(given)
     all_squares = lost_squares = 0.0
     for path, layer in adapter.parts[0].layers.items():
-        dsigma = (layer.scale() - layer.sigma).detach().abs().sort(descending=True).values
+        dsigma = (layer.shifted() - layer.sigma).detach().abs().sort(descending=True).values
         change = (plain.unet.get_submodule(path).weight - base.unet.get_submodule(path).weight).detach().flatten(1)
         kept = int(torch.linalg.matrix_rank(change, atol=1e-5))
         dropped = dsigma[kept:].square().sum()

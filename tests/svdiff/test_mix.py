@@ -179,7 +179,7 @@ def test_weights_of_groups_of_layers(mixable: Callable[[str], tuple[Any, svdiff.
 
     def share(path: str) -> float:
         layer = denoiser.bank._layers[path]
-        return float(((layer.scale() - layer.sigma) / dog[path])[layer.scale() > 0].mean())
+        return float(((layer.shifted() - layer.sigma) / dog[path])[layer.shifted() > 0].mean())
 
     adapter.set_adapters("dog", {"all": 0.1, "up": 0.5, "cross_attn": 0.25, r"to_q$": 0.75, "denoiser": {"mid": -0.5}})
     for path in dog:
