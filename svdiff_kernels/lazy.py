@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import SVDiffError
+
 # Reads that a shape, a dtype and a device answer.
 _CHEAP = {
     getattr(Tensor, name).__get__
@@ -34,6 +36,10 @@ class LazyWeight(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is Tensor.data.__set__:
+            raise SVDiffError(
+                "the weight of a spectral layer cannot be written, for it is made of its factors: fuse the shifts first"
+            )
         if func not in _CHEAP:
             args, kwargs = torch.utils._pytree.tree_map_only(LazyWeight, lambda w: w._recompose(), (args, kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():

@@ -32,7 +32,7 @@ class SpectralModule(nn.Module):
     one_dim: ClassVar[bool] = False
 
     def __init__(self, sigma: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # and not that of the torch layer which a subclass stands in for
         sigma = sigma.detach().to(torch.promote_types(sigma.dtype, torch.float32))
         self.register_buffer("sigma", sigma)
         self.delta = nn.Parameter(torch.zeros_like(sigma))

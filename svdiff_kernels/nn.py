@@ -194,8 +194,8 @@ def _prepare(
     return factors, form
 
 
-class SpectralLinear(_SpectralMatrix):
-    """`functional.spectral_linear` as a module; stands in for `nn.Linear`."""
+class SpectralLinear(_SpectralMatrix, nn.Linear):
+    """`functional.spectral_linear` as a module; stands in for `nn.Linear`, and is one to whoever asks."""
 
     def __init__(self, module: nn.Linear, factors: Factors, form: str) -> None:
         super().__init__(module.weight, factors, form, module.bias)
@@ -250,7 +250,7 @@ def linears(x: Tensor, layers: Sequence[SpectralLinear]) -> list[Tensor]:
     return scaled_linears(x, U, gains, Vh, bias, alpha=alpha)
 
 
-class SpectralConv2d(_SpectralMatrix):
+class SpectralConv2d(_SpectralMatrix, nn.Conv2d):
     """`functional.spectral_conv2d` as a module; stands in for `nn.Conv2d`. A grouped one is always recomposed."""
 
     kernel_size: Any  # pairs, as nn.Conv2d keeps them
@@ -308,7 +308,7 @@ class SpectralConv2d(_SpectralMatrix):
         )
 
 
-class SpectralEmbedding(_SpectralMatrix):
+class SpectralEmbedding(_SpectralMatrix, nn.Embedding):
     """`functional.spectral_embedding` as a module; stands in for `nn.Embedding`."""
 
     range_safe = False  # what it scales are rows of U
@@ -317,6 +317,8 @@ class SpectralEmbedding(_SpectralMatrix):
         super().__init__(module.weight, factors, form, None)
         self.num_embeddings, self.embedding_dim = module.num_embeddings, module.embedding_dim
         self.padding_idx = module.padding_idx
+        self.max_norm, self.norm_type = None, module.norm_type
+        self.scale_grad_by_freq = self.sparse = False
 
     @classmethod
     def from_module(

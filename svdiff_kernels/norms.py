@@ -87,12 +87,13 @@ class _SpectralVector(SpectralModule):
         return plain.train(self.training)
 
 
-class SpectralLayerNorm(_SpectralVector):
+class SpectralLayerNorm(_SpectralVector, nn.LayerNorm):
     """Stands in for `nn.LayerNorm`; only its weight moves."""
 
     def __init__(self, module: nn.LayerNorm, mode: str) -> None:
         super().__init__(module.weight, module.bias, mode)
         self.normalized_shape, self.eps = module.normalized_shape, module.eps
+        self.elementwise_affine = True
 
     @classmethod
     def from_module(cls, module: nn.LayerNorm, mode: str = "vector") -> SpectralLayerNorm:
@@ -110,12 +111,13 @@ class SpectralLayerNorm(_SpectralVector):
         return self._merge_into(plain, base)
 
 
-class SpectralGroupNorm(_SpectralVector):
+class SpectralGroupNorm(_SpectralVector, nn.GroupNorm):
     """Stands in for `nn.GroupNorm`; only its weight moves."""
 
     def __init__(self, module: nn.GroupNorm, mode: str) -> None:
         super().__init__(module.weight, module.bias, mode)
         self.num_groups, self.num_channels, self.eps = module.num_groups, module.num_channels, module.eps
+        self.affine = True
 
     @classmethod
     def from_module(cls, module: nn.GroupNorm, mode: str = "vector") -> SpectralGroupNorm:

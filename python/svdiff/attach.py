@@ -214,8 +214,6 @@ def _check_plain(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if isinstance(module, SpectralModule):
             raise SVDiffError(f"{type(model).__name__} has spectral layers already ({path}): unload its adapter first")
-        if hasattr(module, "base_layer"):
-            raise SVDiffError(f"{type(model).__name__} has PEFT layers ({path}): merge or unload them first")
 
 
 def _one_dim_of(files: Sequence[DeltaFile], possible: Mapping[str, nn.Module]) -> OneDim:

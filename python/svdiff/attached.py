@@ -105,6 +105,8 @@ class AttachedModel:
             self._swap({id(self._originals[path]): layer for path, layer in self._layers.items()})
             model.requires_grad_(False)
             self.bank = Bank(self._layers, root=model)
+            if hasattr(model, "save_pretrained"):
+                object.__setattr__(model, "save_pretrained", _SavesPlain(self))
         except BaseException:
             self._restore()
             raise
@@ -148,6 +150,7 @@ class AttachedModel:
         """Put the original layers back, with their weights to the bit (cast, if the model has been cast since)."""
         self.unfuse()
         self.bank.release()
+        self.model.__dict__.pop("save_pretrained", None)
         self._restore()
 
     def singular_values(self, adapter: str) -> Iterator[tuple[Tensor, Tensor]]:
@@ -227,6 +230,28 @@ class AttachedModel:
             original.train(layer.training)
         for parameter, flag in self._requires_grad:
             parameter.requires_grad_(flag)
+
+
+class _SavesPlain:
+    """Stands in for a model's `save_pretrained`: what is saved is a plain model, with the weights that act now."""
+
+    def __init__(self, part: AttachedModel | None) -> None:
+        self._part = part
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._part is None:
+            raise SVDiffError("a copy of an attached model cannot be saved: save the model that it was copied from")
+        part, was_fused = self._part, self._part.is_fused
+        if not was_fused:
+            part.fuse()
+        try:
+            return type(part.model).save_pretrained(part.model, *args, **kwargs)
+        finally:
+            if not was_fused:
+                part.unfuse()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _SavesPlain, (None,)  # a copy of the model does not belong to the part
 
 
 def _without_vectors(weight: Tensor, sigma: Tensor) -> Factors:

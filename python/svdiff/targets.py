@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ def select(
         kinds += (nn.Embedding,)
     # Exact types only: a subclass (of PEFT, a quantiser, ...) does something else with its weight.
     possible = {
-        path: module for path, module in model.named_modules() if type(module) in kinds and _is_plain(module.weight)
+        path: module for path, module in own_modules(model) if type(module) in kinds and _is_plain(module.weight)
     }
     if isinstance(targets, str):
         chosen = set(matching(targets, possible, "targets"))
@@ -60,6 +60,15 @@ def select(
     if unknown := sorted(set(targets) - possible.keys()):
         raise SVDiffError(f"{type(model).__name__} has no layer {unknown[0]!r} that can take spectral shifts")
     return {path: module for path, module in possible.items() if path in targets}
+
+
+def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a model by path, as if no adapter of PEFT's were in it: the layer in a wrapper has the wrapper's."""
+    wrappers = {path for path, module in model.named_modules() if hasattr(module, "base_layer")}
+    for path, module in model.named_modules():
+        inside = [(wrapper, path.removeprefix(f"{wrapper}.")) for wrapper in wrappers if path.startswith(f"{wrapper}.")]
+        if all(rest.startswith("base_layer") for _, rest in inside) and path not in wrappers:
+            yield ".".join(name for name in path.split(".") if name != "base_layer"), module
 
 
 def matching(expression: str, paths: Collection[str], setting: str) -> list[str]:
