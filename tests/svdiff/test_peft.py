@@ -171,6 +171,8 @@ def test_targets_by_expression_layers_and_exclusion() -> None:
         *(f"{a}.k_proj" for a in attention),
     }
     assert len(found(target_modules="all-linear")) == 14
+    first = found(layers_to_transform=[0], exclude_modules=["up_proj"])
+    assert len(first) == 6 and all(name.startswith("model.layers.0.") for name in first)
     assert found(target_modules=["embed_tokens"]) == {"model.embed_tokens"}
     with pytest.raises(ValueError, match="not found in the base model"):
         found(target_modules=["absent"])

@@ -377,5 +377,8 @@ def test_compiled_in_one_graph(fresh_dynamo: None) -> None:
     assert relative(compiled(x), truth(plain, shifted(layer, "a", "b"), x)) < EXACT[torch.float32]
 
 
-def test_printed() -> None:
+def test_what_is_told_of_a_layer() -> None:
+    sizes = {kind: (layer.in_features, layer.out_features) for kind in KINDS for layer in wrapped(kind)[:1]}
+    assert sizes["wide"] == (13, 5) and sizes["conv1d"] == (7, 11) and sizes["conv"] == (6, 10)
+    assert sizes["embedding"] == (17, 6)
     assert repr(wrapped("linear", rank=3)[0]).startswith("svdiff.Linear(\n  rank=3, form=residual\n  (base_layer): ")

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -32,6 +32,7 @@ class SVDiffLayer(nn.Module, BaseTunerLayer):
 
     Attributes:
         base_layer: what was there before.
+        in_features, out_features: as PEFT counts them, of an embedding its rows and columns.
         svdiff_delta: by adapter, ``[r]``: delta, or z - 1 where the parametrization is "scale".
         scaling: by adapter, what its shift is multiplied by.
         parametrization: by adapter.
@@ -57,6 +58,7 @@ class SVDiffLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: SVDiffConfig, rank: int | None = None) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.in_features, self.out_features = _get_in_out_features(base_layer)
         short = min(self.matrix().flatten(1).shape)
         self.rank = min(rank or short, short)
         self.truncated = self.rank < short

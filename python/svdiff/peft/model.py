@@ -10,7 +10,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
@@ -134,6 +139,9 @@ class SVDiffModel(BaseTuner):
                     names.add(name)
                 elif isinstance(module, NonDynamicallyQuantizableLinear):
                     names.discard(name)
+            if peft_config.layers_to_transform is not None:  # which PEFT looks at for ends of names alone
+                ends = {name: replace(peft_config, target_modules=[name.rpartition(".")[2]]) for name in names}
+                names = {name for name in names if "." in name and check_target_module_exists(ends[name], name)}
             peft_config.target_modules = names  # type: ignore[assignment]
         return peft_config
 
