@@ -219,7 +219,8 @@ def scaled_embedding(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`spectral_embedding` with its `spectral_gain` given; dtype is the result's, U's if not given."""
-    y = expand(F.embedding(ids, U), Vh.T, _rows(gain), dtype=dtype)
+    with torch.autocast(U.device.type, enabled=False):  # which leaves a plain embedding alone too
+        y = expand(F.embedding(ids, U), Vh.T, _rows(gain), dtype=dtype)
     if padding_idx is not None:
         y = torch.where((ids == padding_idx)[..., None], y.detach(), y)
     if weight is None:

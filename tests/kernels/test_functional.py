@@ -256,6 +256,21 @@ def test_autocast(name: str, residual: bool) -> None:
 
 
 @forms
+@pytest.mark.parametrize("name", ["embedding", "embedding per sample"])
+def test_autocast_leaves_embeddings_alone(name: str, residual: bool) -> None:
+    layer = LAYERS[name]()
+
+    def mixed(*args: object, **kwargs: object) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return layer.spectral(*args, **kwargs)
+
+    expected = layer.run(layer.spectral, torch.float32, torch.float32, residual=residual)
+    actual = layer.run(mixed, torch.float32, torch.float32, residual=residual)
+    for key, value in expected.items():
+        assert torch.equal(actual[key], value), key
+
+
+@forms
 @pytest.mark.parametrize("name", ["linear", "conv", "embedding"])
 def test_gradient_checkpointing(name: str, residual: bool) -> None:
     layer = LAYERS[name]()
