@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import io
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,8 +89,12 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        artist = await asyncio.to_thread(Artist, settings)
-        app.state.store, app.state.batcher = artist.store, Batcher(artist.draw, most=settings.batch)
+        # Loaded where it draws: each thread that computes in parallel has OpenMP workers of its own, and as soon as there
+        # are more of these than cores, all of them sleep between two operations.
+        thread = ThreadPoolExecutor(1, "draw")
+        artist = await asyncio.get_running_loop().run_in_executor(thread, Artist, settings)
+        app.state.store = artist.store
+        app.state.batcher = Batcher(artist.draw, most=settings.batch, thread=thread)
         drawing = asyncio.create_task(app.state.batcher.run())
         yield
         drawing.cancel()

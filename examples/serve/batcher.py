@@ -53,6 +53,7 @@ class Batcher:
         most: jobs of a batch.
         patience: seconds that the first job of a batch waits for others.
         queue: jobs that may wait; more are refused.
+        thread: where to draw; made if not given.
     """
 
     def __init__(
@@ -62,11 +63,12 @@ class Batcher:
         most: int = 8,
         patience: float = 0.02,
         queue: int = 256,
+        thread: ThreadPoolExecutor | None = None,
     ) -> None:
         self._draw, self._most, self._patience, self._queue = draw, most, patience, queue
         self._waiting: deque[_Waiting] = deque()
         self._arrived = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1, "draw")
+        self._thread = thread or ThreadPoolExecutor(1, "draw")
         self._sizes: deque[int] = deque(maxlen=1000)
         self._drawing = False
         self._failed = 0  # batches in a row, by more than a refusal
