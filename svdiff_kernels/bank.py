@@ -249,7 +249,7 @@ class Bank(nn.Module):
 
     def ensure_fresh(self) -> None:
         """`refresh` if anything that the gains depend on has changed since the last time."""
-        if self._fresh_for != self._state():
+        if self._is_stale(self._fresh_for):
             self.refresh()
 
     def gain_of(self, layer: SpectralModule) -> Tensor:
@@ -285,8 +285,11 @@ class Bank(nn.Module):
             layer.delta = nn.Parameter(view.clone())
         self.leave_root()
 
-    def forward(self, x: Any) -> Any:
-        """x as it is: an `nn.Sequential` that is the root calls the bank like every other child."""
+    def forward(self, x: Any = None) -> Any:
+        """`refresh`; or x as it is, since an `nn.Sequential` that is the root calls the bank like every other child."""
+        if x is None:
+            call = None if torch.compiler.is_compiling() else _CALLS.get().get(id(self))
+            (call or self).refresh()
         return x
 
     def _before_root(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -295,10 +298,11 @@ class Bank(nn.Module):
             self._is_compiled = True
             self._check_shared()
         elif call := _CALLS.get().get(id(self)):
-            call.refresh(batch)
+            call.batch = batch
+            self()
             return
         self._batch = batch
-        self.refresh()
+        self()  # and not refresh: offloading hooks bring a module's parameters when it is called
 
     def _check_shared(self) -> None:
         if self._calls:
@@ -310,8 +314,16 @@ class Bank(nn.Module):
             mix = per_input(mix, repeats, batch)
         kinds = [p.numel() for p in self.trained]
         acting = slots[: mix.shape[-1] - 1]  # another thread may be adding some
-        deltas = [part for slot in acting.unbind() for part in slot.split(kinds)]
-        return _Gains.apply(self.base, self.floor, mix, *self.trained, *deltas).split(self._sizes, dim=-1)
+        deltas = [*self.trained, *(part for slot in acting.unbind() for part in slot.split(kinds))]
+        if torch.is_grad_enabled():
+            gain = _Gains.apply(self.base, self.floor, mix, *deltas)
+        else:  # dynamo loses arguments of a Function for which there is no gradient
+            gain, _ = gains(self.base, self.floor, mix, deltas)
+        return gain.split(self._sizes, dim=-1)
+
+    def _is_stale(self, fresh_for: tuple[object, ...] | None) -> bool:
+        """Whether what the gains depend on has changed; of parameters that are offloaded only the root's call knows."""
+        return not self.matrices_default.is_meta and fresh_for != self._state()
 
     def _state(self) -> tuple[object, ...]:
         versions = (p._version for p in self.trained)
@@ -374,19 +386,19 @@ class _Call:
         self._slots = torch.stack(terms) if terms else bank.base.new_zeros(0, bank.base.numel())
         self._table = bank._table_of(mix, keys)
         self._gains: dict[SpectralModule, Tensor] = {}
-        self._batch: int | None = None
+        self.batch: int | None = None
         self._fresh_for: tuple[object, ...] | None = None
 
-    def refresh(self, batch: int | None) -> None:
+    def refresh(self) -> None:
         """Compute all gains, for a batch of this length."""
-        slices = self._bank._gains(self._table, self._slots, self._mix.repeats, batch)
+        slices = self._bank._gains(self._table, self._slots, self._mix.repeats, self.batch)
         self._gains = dict(zip(self._bank._layers.values(), slices, strict=True))
-        self._batch, self._fresh_for = batch, self._bank._state()
+        self._fresh_for = self._bank._state()
 
     def gain_of(self, layer: SpectralModule) -> Tensor:
         """See `Bank.gain_of`."""
-        if self._fresh_for != self._bank._state():
-            self.refresh(self._batch)
+        if self._bank._is_stale(self._fresh_for):
+            self.refresh()
         return self._gains[layer]
 
 

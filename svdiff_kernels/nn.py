@@ -258,6 +258,12 @@ class SpectralConv2d(_SpectralMatrix, nn.Conv2d):
     padding: Any
     dilation: Any
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """PEFT makes the factors of a LoRA of the class of the layer beneath: numbers mean a plain convolution."""
+        if args and not isinstance(args[0], nn.Module):
+            return nn.Conv2d(*args, **kwargs)
+        return super().__new__(cls)
+
     def __init__(self, module: nn.Conv2d, factors: Factors, form: str) -> None:
         super().__init__(module.weight, factors, form, module.bias)
         self.in_channels, self.out_channels = module.in_channels, module.out_channels

@@ -114,7 +114,6 @@ OPERATIONS: dict[str, Operation] = {
     "VAE slicing": lambda p, _: p.vae.enable_slicing(),
     "VAE tiling": lambda p, _: p.vae.enable_tiling(),
     "FreeU": lambda p, _: p.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4),
-    "chunked feed-forward": lambda p, _: _with(p, "unet", p.unet.enable_forward_chunking),
     "gradient checkpointing": lambda p, _: p.unet.enable_gradient_checkpointing(),
     "offload, module by module": lambda p, _: _offloaded(p),
     "offload, model by model": lambda p, _: _hooked(p),
@@ -134,9 +133,14 @@ CALLS: dict[str, dict[str, Any]] = {
     "several pictures of a prompt": {"num_images_per_prompt": 2},
     "no guidance": {"guidance_scale": 1.0},
     "a negative prompt": {"negative_prompt": ["red", "blue"]},
-    "clip_skip": {"clip_skip": 1},
     "rescaled guidance": {"guidance_rescale": 0.7},
-    "timesteps": {"timesteps": [900, 500, 100], "num_inference_steps": None},
+    "eta": {"eta": 0.5},
+    "embeddings": {
+        "prompt": None,
+        "prompt_embeds": torch.ones(1, 16, 12),
+        "negative_prompt_embeds": torch.zeros(1, 16, 12),
+    },
+    "cross_attention_kwargs": {"cross_attention_kwargs": {}},
     "a callback": {"callback_on_step_end": lambda pipe, i, t, kept: kept},
     "latents": {"output_type": "latent"},
 }
@@ -263,16 +267,22 @@ def test_lora_beneath(base: Path, merged: Path, shifts: Path, trained_lora: Path
     assert distance(draw(attached), draw(before)) == 0
 
 
-def test_a_learned_token(pair: tuple[Pipeline, Pipeline], tmp_path: Path) -> None:
-    """Textual inversion adds a row to an embedding, which then is a plain one with the shifted weights."""
+def test_a_learned_token(base: Path, merged: Path, shifts: Path, tmp_path: Path) -> None:
+    """Textual inversion writes a row into an embedding: into a plain one, of a fused model."""
     from safetensors.torch import save_file
 
     save_file({"<x>": torch.randn(12)}, tmp_path / "learned_embeds.safetensors")
-    drawn = []
-    for pipeline in pair:
-        pipeline.load_textual_inversion(tmp_path, weight_name="learned_embeds.safetensors", token="<x>")
-        drawn.append(draw(pipeline, prompt="a <x> dog"))
-    assert distance(*drawn) < 1e-5
+    attached, plain = load_pipeline(str(base)), load_pipeline(str(merged))
+    adapter = svdiff.load(attached, shifts)
+    learned = {"weight_name": "learned_embeds.safetensors", "token": "<x>"}
+    with pytest.raises(SVDiffError, match="fuse the shifts first"):
+        attached.load_textual_inversion(tmp_path, **learned)
+    attached = load_pipeline(str(base))
+    adapter = svdiff.load(attached, shifts)
+    adapter.fuse()
+    for pipeline in (attached, plain):
+        pipeline.load_textual_inversion(tmp_path, **learned)
+    assert distance(*(draw(pipeline, prompt="a <x> dog") for pipeline in (attached, plain))) < 1e-5
 
 
 def test_saving_what_cannot_be_one_model(pair: tuple[Pipeline, Pipeline], tmp_path: Path) -> None:
@@ -287,11 +297,6 @@ def _processor(name: str) -> Any:
     return getattr(attention_processor, name)()
 
 
-def _with(pipeline: Pipeline, name: str, function: Callable[[], Any]) -> None:
-    assert getattr(pipeline, name) is not None
-    function()
-
-
 def _saved(pipeline: Pipeline, part: str, folder: Path) -> Pipeline:
     """The pipeline with one part that was saved and loaded."""
     getattr(pipeline, part).save_pretrained(folder)
@@ -304,7 +309,7 @@ def _offloaded(pipeline: Pipeline) -> None:
     """As `enable_sequential_cpu_offload` does for a GPU."""
     from accelerate import cpu_offload
 
-    for model in (pipeline.unet, pipeline.text_encoder):
+    for model in (pipeline.unet, pipeline.text_encoder, pipeline.vae):
         cpu_offload(model, torch.device("cpu"), offload_buffers=len(model._parameters) > 0)
 
 
