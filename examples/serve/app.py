@@ -89,8 +89,8 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        # Loaded where it draws: each thread that computes in parallel has OpenMP workers of its own, and as soon as there
-        # are more of these than cores, all of them sleep between two operations.
+        # Loaded where it draws: each thread that computes in parallel has OpenMP workers of its own, and as soon as
+        # there are more of these than cores, all of them sleep between two operations.
         thread = ThreadPoolExecutor(1, "draw")
         artist = await asyncio.get_running_loop().run_in_executor(thread, Artist, settings)
         app.state.store = artist.store

@@ -245,7 +245,8 @@ class _SavesPlain:
         if not was_fused:
             part.fuse()
         try:
-            return type(part.model).save_pretrained(part.model, *args, **kwargs)
+            kind: Any = type(part.model)
+            return kind.save_pretrained(part.model, *args, **kwargs)
         finally:
             if not was_fused:
                 part.unfuse()

@@ -63,7 +63,7 @@ def select(
 
 
 def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of a model by path, as if no adapter of PEFT's were in it: the layer in a wrapper has the wrapper's."""
+    """The modules of a model as if it had no adapters of PEFT's: a layer in a wrapper has the path of that."""
     wrappers = {path for path, module in model.named_modules() if hasattr(module, "base_layer")}
     for path, module in model.named_modules():
         inside = [(wrapper, path.removeprefix(f"{wrapper}.")) for wrapper in wrappers if path.startswith(f"{wrapper}.")]

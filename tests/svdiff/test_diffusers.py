@@ -95,7 +95,7 @@ OPERATIONS: dict[str, Operation] = {
     "nothing": lambda p, _: None,
     "to the CPU": lambda p, _: p.to("cpu"),
     "float64": lambda p, _: p.to(torch.float64),
-    "channels last": lambda p, _: p.unet.to(memory_format=torch.channels_last) and None,
+    "channels last": lambda p, _: _all(lambda: p.unet.to(memory_format=torch.channels_last)),
     "ddim": lambda p, _: set_scheduler(p, "ddim"),
     "ddpm": lambda p, _: set_scheduler(p, "ddpm"),
     "dpm++": lambda p, _: set_scheduler(p, "dpm++"),
@@ -110,7 +110,7 @@ OPERATIONS: dict[str, Operation] = {
     "default attention processors": lambda p, _: p.unet.set_default_attn_processor(),
     "attention slicing": lambda p, _: p.enable_attention_slicing(1),
     "fused q, k and v": lambda p, _: p.fuse_qkv_projections(),
-    "q, k and v fused and taken apart": lambda p, _: (p.fuse_qkv_projections(), p.unfuse_qkv_projections()) and None,
+    "q, k and v fused and taken apart": lambda p, _: _all(p.fuse_qkv_projections, p.unfuse_qkv_projections),
     "VAE slicing": lambda p, _: p.vae.enable_slicing(),
     "VAE tiling": lambda p, _: p.vae.enable_tiling(),
     "FreeU": lambda p, _: p.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4),
@@ -121,7 +121,7 @@ OPERATIONS: dict[str, Operation] = {
     "compiled": lambda p, _: p.unet.compile(backend="aot_eager"),
     "compiled block by block": lambda p, _: p.unet.compile_repeated_blocks(backend="eager"),
     "a copy": lambda p, _: copy.deepcopy(p),
-    "evaluation mode": lambda p, _: (p.unet.train(), p.unet.eval()) and None,
+    "training mode, and back": lambda p, _: _all(p.unet.train, p.unet.eval),
     "saved and loaded": lambda p, folder: (p.save_pretrained(folder), load_pipeline(str(folder)))[1],
     "UNet saved and loaded": lambda p, folder: _saved(p, "unet", folder),
     "text encoder saved and loaded": lambda p, folder: _saved(p, "text_encoder", folder),
@@ -295,6 +295,11 @@ def _processor(name: str) -> Any:
     from diffusers.models import attention_processor
 
     return getattr(attention_processor, name)()
+
+
+def _all(*functions: Callable[[], Any]) -> None:
+    for function in functions:
+        function()
 
 
 def _saved(pipeline: Pipeline, part: str, folder: Path) -> Pipeline:
