@@ -2,9 +2,9 @@
 
     python examples/cpp/export_layer.py exported
 
-exported/layers.safetensors is what is frozen (see `export`); exported/first and exported/second are delta files, as
-`Adapter.save_weights` and `svdiff train` write them; exported/expected.safetensors is an input of each layer, and its output
-under each of the two.
+exported/layers.safetensors is what is frozen (see `export`); exported/first and exported/second hold delta files, as
+`Adapter.save_weights` and `svdiff train` write them; exported/expected.safetensors is an input of each layer, and its
+output under each of the two.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from svdiff_kernels.nn import SpectralConv2d, SpectralLinear, SpectralModule
 def export(model: nn.Module, path: Path) -> None:
     """Write the frozen tensors of all spectral layers of a model that has been attached.
 
-    Of each layer, by its path in the model: ``U``, ``sigma``, ``Vh`` (``[r, N]``, of a convolution ``[r, C_in, kh, kw]``), if
-    there are any ``bias`` and, in the residual form, ``weight``; of a convolution ``geometry``, ``[3, 2]`` integers: stride,
-    padding, dilation.
+    Of each layer, by its path in the model: ``U``, ``sigma``, ``Vh`` (``[r, N]``, of a convolution ``[r, C_in, kh,
+    kw]``), if there are any ``bias`` and, in the residual form, ``weight``; of a convolution ``geometry``, ``[3, 2]``
+    integers: stride, padding, dilation.
 
     Raises:
         SVDiffError: the model has none, or one that main.cpp does not know.

@@ -97,7 +97,9 @@ def validate(module: ShiftTraining, data: TensorDataset) -> float:
     module.eval()
     repeats = 64 // len(data)
     latents, prompts = (tensor.repeat_interleave(repeats, 0).to(module.device) for tensor in data.tensors)
-    return module.loss(latents, prompts, seed=0).item()
+    loss = module.loss(latents, prompts, seed=0).item()
+    module.train()
+    return loss
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -110,6 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/lightning"))
     parser.add_argument("--resume", action="store_true", help="go on from output_dir/last.ckpt")
     options = parser.parse_args(arguments)
+    last = options.output_dir / "last.ckpt"
+    if options.resume and not last.is_file():
+        parser.error(f"there is no {last} to go on from")
 
     pipe = load_pipeline()
     data = encoded(pipe)
@@ -127,7 +132,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default_root_dir=options.output_dir,
         callbacks=[ModelCheckpoint(options.output_dir, save_top_k=0, save_last=True), DeltaFiles(options.output_dir)],
     )
-    last = options.output_dir / "last.ckpt"
     # weights_only: the checkpoint is not to run code.
     trainer.fit(module, DataLoader(epoch, BATCH), ckpt_path=last if options.resume else None, weights_only=True)
     file = options.output_dir / "spectral_shifts.safetensors"

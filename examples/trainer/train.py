@@ -2,7 +2,7 @@
 
     python examples/trainer/train.py
 
-The base is a Llama of a few thousand parameters, trained here on English sentences of one pattern. The adapter teaches it a
+The base is a Llama of 85,000 parameters, trained here on English sentences of one pattern. The adapter teaches it a
 dialect: adjectives after nouns, the verb at the end. Nothing is downloaded.
 """
 
@@ -44,7 +44,9 @@ def sentences(pattern: str, count: int, seed: int) -> list[dict[str, torch.Tenso
 
 def is_right(text: str, pattern: str) -> bool:
     """Whether a sentence has this word order."""
-    kinds = {key: "|".join(NOUNS) for key in "nm"} | {key: "|".join(ADJECTIVES) for key in "ab"} | {"v": "|".join(VERBS)}
+    kinds = (
+        {key: "|".join(NOUNS) for key in "nm"} | {key: "|".join(ADJECTIVES) for key in "ab"} | {"v": "|".join(VERBS)}
+    )
     return re.fullmatch(pattern.format(**{key: f"({words})" for key, words in kinds.items()}), text) is not None
 
 
@@ -70,6 +72,7 @@ def trainer_of(model: Any, data: Any, held_out: Any, *, steps: int, lr: float, s
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
         seed=seed,
     )
     trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=held_out)
@@ -118,8 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base_dir), adapter_dir)
     with model.disable_adapter():
-        texts = written(model, 200)
-    for name, texts in (("base", texts), ("adapter", written(model, 200))):
+        by_base = written(model, 200)
+    for name, texts in (("base", by_base), ("adapter", written(model, 200))):
         shares = [sum(is_right(text, pattern) for text in texts) / len(texts) for pattern in (ENGLISH, DIALECT)]
         print(f"{name:8} English {shares[0]:6.1%}  dialect {shares[1]:6.1%}  such as: {texts[0]}")
     size = (adapter_dir / "adapter_model.safetensors").stat().st_size

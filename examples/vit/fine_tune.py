@@ -1,4 +1,4 @@
-"""Pretrain a small ViT, then teach it a new look of the same things by shifts, by a linear probe, and by all weights.
+"""Pretrain a small ViT on filled shapes, then teach it outlines: by a linear probe, by shifts, and by all weights.
 
     python examples/vit/fine_tune.py
 
@@ -63,7 +63,9 @@ def train(model: Callable[[Tensor], Tensor], groups: Iterable[dict], data: Data,
 @torch.no_grad()
 def accuracy(model: nn.Module, data: Data) -> float:
     images, labels = data
-    right = [model(part).argmax(-1) == of_part for part, of_part in zip(images.split(250), labels.split(250), strict=True)]
+    right = [
+        model(part).argmax(-1) == of_part for part, of_part in zip(images.split(250), labels.split(250), strict=True)
+    ]
     return torch.cat(right).float().mean().item()
 
 
@@ -79,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200, help="of each fine-tune")
     parser.add_argument("--pretrain_steps", type=int, default=400)
-    parser.add_argument("--pictures", type=int, default=400, help="by night, to learn from")
+    parser.add_argument("--pictures", type=int, default=1000, help="of outlines, to learn from")
     parser.add_argument("--seed", type=int, default=0, help="of weights, pictures and batches")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/vit"), help="for the files that are saved")
     options = parser.parse_args(arguments)
@@ -87,17 +89,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     torch.manual_seed(options.seed)
     generator = torch.Generator().manual_seed(options.seed)
-    by_day, by_night = draw(8000, generator, night=False), draw(options.pictures, generator, night=True)
-    day_test, night_test = draw(1000, generator, night=False), draw(1000, generator, night=True)
+    filled, outlined = draw(8000, generator, outlined=False), draw(options.pictures, generator, outlined=True)
+    filled_test, outlined_test = draw(1000, generator, outlined=False), draw(1000, generator, outlined=True)
 
     base = ViT(len(SHAPES))
-    train(base, [{"params": list(base.parameters()), "lr": 1e-3}], by_day, options.pretrain_steps, options.seed)
+    train(base, [{"params": list(base.parameters()), "lr": 1e-3}], filled, options.pretrain_steps, options.seed)
     rows = [("base", base, 0, 0)]
 
     probe = copy.deepcopy(base).requires_grad_(False)
     probe.head.requires_grad_(True)
     with torch.no_grad():
-        features = probe.features(by_night[0]), by_night[1]
+        features = probe.features(outlined[0]), outlined[1]
     train(probe.head, [{"params": list(probe.head.parameters()), "lr": 1e-2}], features, options.steps, options.seed)
     size = save(probe.head.state_dict(), options.output_dir / "probe.safetensors")
     rows.append(("linear probe", probe, sum(p.numel() for p in probe.head.parameters()), size))
@@ -106,31 +108,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cache = FactorCache(options.output_dir / "factors")
     bank = make_spectral(shifted, cache)
     matrices, norms = bank.trained
-    groups = [{"params": [matrices], "lr": 3e-2}, {"params": [norms], "lr": 1e-2}]
-    train(shifted, groups, by_night, options.steps, options.seed)
+    groups = [{"params": [matrices], "lr": 2e-2}, {"params": [norms], "lr": 2e-2}]
+    train(shifted, groups, outlined, options.steps, options.seed)
     shifts = options.output_dir / "shifts.safetensors"
     size = save({f"{name}.delta": delta for name, delta in bank.delta_dict("default").items()}, shifts)
     rows.append(("shifts", shifted, matrices.numel() + norms.numel(), size))
 
     full = copy.deepcopy(base).requires_grad_(True)
-    train(full, [{"params": list(full.parameters()), "lr": 5e-4}], by_night, options.steps, options.seed)
+    train(full, [{"params": list(full.parameters()), "lr": 5e-4}], outlined, options.steps, options.seed)
     size = save(full.state_dict(), options.output_dir / "full.safetensors")
     rows.append(("all weights", full, sum(p.numel() for p in full.parameters()), size))
 
-    print(f"{'':14}{'by night':>10}{'by day':>10}{'trained':>10}{'bytes':>12}")
+    print(f"{'':14}{'outlines':>10}{'filled':>10}{'trained':>10}{'bytes':>12}")
     for name, model, trained, size in rows:
-        scores = f"{accuracy(model, night_test):>10.1%}{accuracy(model, day_test):>10.1%}"
+        scores = f"{accuracy(model, outlined_test):>10.1%}{accuracy(model, filled_test):>10.1%}"
         print(f"{name:14}{scores}{trained:>10,}{size:>12,}")
 
-    # One model, both looks: the shifts from their file as an adapter, and a mix for each picture of a batch.
+    # One model for both: the shifts from their file as an adapter, and a mix for each picture of a batch.
     again = copy.deepcopy(base)
     bank = make_spectral(again, cache)
-    bank.load_delta_dict("night", {key.removesuffix(".delta"): delta for key, delta in load_file(shifts).items()})
-    both = torch.cat([night_test[0][:250], day_test[0][:250]]), torch.cat([night_test[1][:250], day_test[1][:250]])
-    bank.set_mix([{"night": 1.0}] * 250 + [{}] * 250)
+    bank.load_delta_dict("outlines", {key.removesuffix(".delta"): delta for key, delta in load_file(shifts).items()})
+    images, labels = (
+        torch.cat([one[:250], other[:250]]) for one, other in zip(outlined_test, filled_test, strict=True)
+    )
+    bank.set_mix([{"outlines": 1.0}] * 250 + [{}] * 250)
     with torch.no_grad():
-        right = (again(both[0]).argmax(-1) == both[1]).float()
-    print(f"one batch, shifts for its first half alone: {right[:250].mean():.1%} by night, {right[250:].mean():.1%} by day")
+        right = (again(images).argmax(-1) == labels).float()
+    shares = right.view(2, -1).mean(1)
+    print(f"one batch, shifts for its first half: {shares[0]:.1%} of outlines, {shares[1]:.1%} of filled")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Pictures of one shape each: by day filled and bright on a dark ground, by night outlines, dark on bright stripes."""
+"""Pictures of one shape each, filled or as an outline, drawn with torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 SHAPES = ("disc", "square", "triangle", "cross", "bar", "star", "half disc", "corner")
 
 
-def draw(count: int, generator: torch.Generator, *, night: bool, size: int = 32) -> tuple[Tensor, Tensor]:
+def draw(count: int, generator: torch.Generator, *, outlined: bool, size: int = 24) -> tuple[Tensor, Tensor]:
     """Pictures ``[count, 1, size, size]`` around zero, and which of `SHAPES` each shows, ``[count]``.
 
     Place, size, angle, brightness and noise are the generator's.
@@ -21,22 +21,16 @@ def draw(count: int, generator: torch.Generator, *, night: bool, size: int = 32)
 
     labels = torch.randint(len(SHAPES), (count,), generator=generator)
     line = torch.linspace(-1, 1, size)
-    radius, angle = uniform(0.45, 0.7), uniform(-0.35, 0.35)
-    y, x = line[:, None] - uniform(-0.25, 0.25), line[None, :] - uniform(-0.25, 0.25)
+    radius, angle = uniform(0.5, 0.75), uniform(-0.35, 0.35)
+    y, x = line[:, None] - uniform(-0.2, 0.2), line[None, :] - uniform(-0.2, 0.2)
     u, v = (x * angle.cos() + y * angle.sin()) / radius, (y * angle.cos() - x * angle.sin()) / radius
     levels = _levels(u, v).gather(0, labels[None, :, None, None].expand(1, -1, size, size))[0]
-    sharpness = 12.0
-    shape = torch.sigmoid(sharpness * (1 - levels))
-    if night:
-        shape = shape - torch.sigmoid(sharpness * (0.72 - levels))
-        turn = uniform(0, math.pi)
-        waves = torch.sin(uniform(6, 12) * (x * turn.cos() + y * turn.sin()) + uniform(0, 6.3))
-        ground = uniform(0.5, 0.9) + 0.3 * waves
-        pictures = ground - shape * uniform(1.2, 1.8)
-    else:
-        pictures = uniform(-0.9, -0.5) + shape * uniform(1.2, 1.8)
+    shape = torch.sigmoid(12 * (1 - levels))
+    if outlined:
+        shape = shape - torch.sigmoid(12 * (0.7 - levels))
+    pictures = uniform(-0.9, -0.5) + shape * uniform(1.2, 1.8)
     noise = torch.randn(count, size, size, generator=generator)
-    return (pictures + 0.2 * noise)[:, None], labels
+    return (pictures + 0.15 * noise)[:, None], labels
 
 
 def _levels(u: Tensor, v: Tensor) -> Tensor:

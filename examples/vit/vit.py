@@ -24,7 +24,7 @@ class Block(nn.Module):
 
 class ViT(nn.Module):
     def __init__(
-        self, classes: int, size: int = 32, patch: int = 4, width: int = 64, depth: int = 4, heads: int = 4
+        self, classes: int, size: int = 24, patch: int = 4, width: int = 64, depth: int = 4, heads: int = 4
     ) -> None:
         super().__init__()
         self.patches = nn.Conv2d(1, width, patch, stride=patch)

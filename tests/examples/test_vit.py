@@ -14,24 +14,24 @@ from safetensors.torch import load_file
 def test_shifts_learn_a_new_look(tmp_path: Path) -> None:
     told = python("vit/fine_tune.py", "--output_dir", tmp_path)
     rows = re.findall(r"^(\w[\w ]+?) +([\d.]+)% +([\d.]+)% +([\d,]+) +([\d,]+)$", told, re.MULTILINE)
-    night = {name: float(score) for name, score, *_ in rows}
-    day = {name: float(score) for name, _, score, *_ in rows}
+    outlines = {name: float(score) for name, score, *_ in rows}
+    filled = {name: float(score) for name, _, score, *_ in rows}
     trained = {name: int(count.replace(",", "")) for name, *_, count, _ in rows}
     size = {name: int(count.replace(",", "")) for name, *_, count in rows}
-    assert list(night) == ["base", "linear probe", "shifts", "all weights"]
+    assert list(outlines) == ["base", "linear probe", "shifts", "all weights"]
 
-    assert day["base"] > 85
-    assert night["base"] < 40  # chance is 12.5
-    assert night["shifts"] > night["base"] + 30
-    assert night["shifts"] > night["linear probe"] + 15
+    assert filled["base"] > 80
+    assert outlines["base"] < 40  # by chance 12.5
+    assert outlines["shifts"] > outlines["base"] + 25
+    assert outlines["shifts"] > outlines["linear probe"] + 10
     assert trained["shifts"] < trained["all weights"] / 50
-    assert size["shifts"] < size["all weights"] / 20
+    assert size["shifts"] < size["all weights"] / 50
 
     deltas = load_file(tmp_path / "shifts.safetensors")
     assert all(key.endswith(".delta") for key in deltas)
     assert sum(delta.numel() for delta in deltas.values()) == trained["shifts"]
     assert size["shifts"] == (tmp_path / "shifts.safetensors").stat().st_size
 
-    # From the file again, and beside the base in one batch.
-    mixed = re.search(r"([\d.]+)% by night, ([\d.]+)% by day$", told.strip())
-    assert abs(float(mixed[1]) - night["shifts"]) < 8 and abs(float(mixed[2]) - day["base"]) < 8
+    # From the file again, and beside the base in one batch of 250 of the 1000 each.
+    mixed = re.search(r"([\d.]+)% of outlines, ([\d.]+)% of filled$", told.strip())
+    assert abs(float(mixed[1]) - outlines["shifts"]) < 8 and abs(float(mixed[2]) - filled["base"]) < 8
