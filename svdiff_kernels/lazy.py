@@ -36,7 +36,7 @@ class LazyWeight(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func == Tensor.data.__set__:
+        if func == Tensor.data.__set__:  # type: ignore[attr-defined]
             raise SVDiffError(
                 "the weight of a spectral layer cannot be written, for it is made of its factors: fuse the shifts first"
             )

@@ -27,7 +27,7 @@ class SpectralModule(nn.Module):
 
     sigma: Tensor
     delta: Tensor
-    bias: Tensor | None
+    bias: Any  # Tensor | None, which torch's layers, other bases of some subclasses, declare in other ways
     form: str
     one_dim: ClassVar[bool] = False
 

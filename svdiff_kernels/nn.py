@@ -194,7 +194,7 @@ def _prepare(
     return factors, form
 
 
-class SpectralLinear(_SpectralMatrix, nn.Linear):
+class SpectralLinear(_SpectralMatrix, nn.Linear):  # type: ignore[override]
     """`functional.spectral_linear` as a module; stands in for `nn.Linear`, and is one to whoever asks."""
 
     def __init__(self, module: nn.Linear, factors: Factors, form: str) -> None:
@@ -250,7 +250,7 @@ def linears(x: Tensor, layers: Sequence[SpectralLinear]) -> list[Tensor]:
     return scaled_linears(x, U, gains, Vh, bias, alpha=alpha)
 
 
-class SpectralConv2d(_SpectralMatrix, nn.Conv2d):
+class SpectralConv2d(_SpectralMatrix, nn.Conv2d):  # type: ignore[override]
     """`functional.spectral_conv2d` as a module; stands in for `nn.Conv2d`. A grouped one is always recomposed."""
 
     kernel_size: Any  # pairs, as nn.Conv2d keeps them
@@ -314,7 +314,7 @@ class SpectralConv2d(_SpectralMatrix, nn.Conv2d):
         )
 
 
-class SpectralEmbedding(_SpectralMatrix, nn.Embedding):
+class SpectralEmbedding(_SpectralMatrix, nn.Embedding):  # type: ignore[override]
     """`functional.spectral_embedding` as a module; stands in for `nn.Embedding`."""
 
     range_safe = False  # what it scales are rows of U
