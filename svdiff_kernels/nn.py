@@ -1,8 +1,10 @@
 """Spectral layers as modules: drop-in replacements of torch's, with a frozen SVD and a trainable shift.
 
-layer = SpectralLinear.from_module(linear)
-layer.delta          # the only trainable tensor
-layer.merge()        # a plain nn.Linear again, with the shifted weight
+Example::
+
+    layer = SpectralLinear.from_module(linear)
+    layer.delta  # the only trainable tensor
+    layer.merge()  # a plain nn.Linear again, with the shifted weight
 """
 
 from __future__ import annotations
@@ -195,7 +197,20 @@ def _prepare(
 
 
 class SpectralLinear(_SpectralMatrix, nn.Linear):  # type: ignore[override]
-    """`functional.spectral_linear` as a module; stands in for `nn.Linear`, and is one to whoever asks."""
+    """`functional.spectral_linear` as a module; stands in for `nn.Linear`, and is one to whoever asks.
+
+    Example:
+        >>> import torch
+        >>> from svdiff_kernels.nn import SpectralLinear
+        >>> linear = torch.nn.Linear(3, 5)
+        >>> layer = SpectralLinear.from_module(linear)
+        >>> [name for name, p in layer.named_parameters() if p.requires_grad]
+        ['delta']
+        >>> layer
+        SpectralLinear(3, 5, rank=3, form=factored)
+        >>> torch.allclose(layer.merge().weight, linear.weight, atol=1e-6)  # a plain nn.Linear again
+        True
+    """
 
     def __init__(self, module: nn.Linear, factors: Factors, form: str) -> None:
         super().__init__(module.weight, factors, form, module.bias)
