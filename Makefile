@@ -57,7 +57,7 @@ wheel: $(READY) ## the source distribution and two wheels, of Python alone and w
 	SVDIFF_BUILD=cpu $(WITH_NINJA) $(BIN)/python -m build --no-isolation
 
 # The extension is built in place by the editable install; where there is no compiler, a notice says so and Python serves.
-$(READY): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/cuda/*)
+$(READY): pyproject.toml setup.py svdiff_kernels/__init__.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/cuda/*)
 	@echo "== setting up $(VENV): Python packages, then the C++ extension (once, a few minutes)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --progress-bar on --upgrade "setuptools>=77" wheel ninja pybind11 numpy
