@@ -7,10 +7,12 @@ CUTLASS ?= nvidia-cutlass==4.2.0.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# torch compiles one file at a time where it does not find ninja.
+WITH_NINJA = PATH="$(abspath $(BIN)):$$PATH"
 
 OUTPUT ?= benchmarks/results
 
-.PHONY: help demo test browser bench gpu lint clean
+.PHONY: help demo test browser bench gpu lint docs wheel clean
 help:
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/'
 
@@ -19,7 +21,7 @@ demo: $(READY) ## teach the miniature model a new subject from four pictures; se
 
 # What measures time and memory runs alone, after the others; of those, two files run at a time, each on one core.
 # Both parts run whatever becomes of the first.
-TOGETHER := tests/kernels/triton tests/kernels/cuda tests/svdiff tests/miniature tests/examples tests/ui
+TOGETHER := tests/kernels/triton tests/kernels/cuda tests/svdiff tests/miniature tests/examples tests/ui tests/docs
 test: $(READY) browser ## all tests, the slow ones included
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TOGETHER) -n 2 --dist loadfile --benchmark-disable; together=$$?; \
 	$(BIN)/python -m pytest tests $(TOGETHER:%=--ignore=%) && exit $$together
@@ -45,16 +47,25 @@ lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(READY) ## the site: guides and the API reference; a broken link is an error; see site/index.html
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs -d build/docs . site
+
+# Each wheel is built from the source distribution, unpacked. Kernels for GPUs are built from that where they are to run.
+wheel: $(READY) ## the source distribution and two wheels, of Python alone and with the extension for CPUs; see dist/
+	rm -rf dist
+	SVDIFF_BUILD=none $(BIN)/python -m build --no-isolation
+	SVDIFF_BUILD=cpu $(WITH_NINJA) $(BIN)/python -m build --no-isolation
+
 # The extension is built in place by the editable install; where there is no compiler, a notice says so and Python serves.
-$(READY): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/cuda/*)
+$(READY): pyproject.toml setup.py svdiff_kernels/__init__.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/cuda/*)
 	@echo "== setting up $(VENV): Python packages, then the C++ extension (once, a few minutes)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --progress-bar on --upgrade "setuptools>=77" wheel ninja pybind11 numpy
 	$(BIN)/pip install --progress-bar on $(TORCH)
 	$(BIN)/pip install --progress-bar on --no-deps $(CUTLASS)
-	$(BIN)/pip install --progress-bar on --no-build-isolation -e ".[diffusers,bench,test,lint]"
+	$(WITH_NINJA) $(BIN)/pip install --progress-bar on --no-build-isolation -e ".[diffusers,bench,test,lint,docs]"
 	$(BIN)/python -m svdiff_kernels.info
 	@touch $@
 
 clean: ## forget the set-up and what was built
-	rm -rf $(VENV) build outputs *.egg-info svdiff_kernels/*.so
+	rm -rf $(VENV) build dist site outputs *.egg-info svdiff_kernels/*.so

@@ -151,7 +151,8 @@ def extension_arguments() -> dict[str, Any]:
         "svdiff_kernels._C",
         [*SOURCES, *(["csrc/cuda/bindings.cpp"] if sources else [])],
         depends=HEADERS + [str(f.relative_to(ROOT)) for f in (ROOT / "csrc" / "cuda").iterdir() if sources],
-        extra_compile_args={"cxx": ["-O3", "-fopenmp", "-fno-math-errno", "-Wall"]},
+        # -g0: Python's own flags ask for debug symbols, most of the file and of the time.
+        extra_compile_args={"cxx": ["-O3", "-g0", "-fopenmp", "-fno-math-errno", "-Wall"]},
         **(cuda_arguments(sources) if sources else {}),
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": OptionalBuild}}
@@ -178,6 +179,6 @@ def miniature_data() -> list[str]:
 
 setup(
     packages=kernel_packages() + svdiff_packages(),
-    package_data={"svdiff_kernels": ["py.typed"], "svdiff.miniature": miniature_data()},
+    package_data={"svdiff_kernels": ["py.typed"], "svdiff": ["py.typed"], "svdiff.miniature": miniature_data()},
     **extension_arguments(),
 )

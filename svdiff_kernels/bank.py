@@ -52,6 +52,22 @@ class Bank(nn.Module):
 
     Raises:
         SVDiffError: no layers; a layer that has a bank already; or layers of several devices or dtypes of sigma.
+
+    Example:
+        >>> import torch
+        >>> from svdiff_kernels import Bank
+        >>> from svdiff_kernels.nn import SpectralLinear
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 5))
+        >>> for name in ("0", "2"):
+        ...     model[int(name)] = SpectralLinear.from_module(model[int(name)])
+        >>> bank = Bank({"0": model[0], "2": model[2]}, root=model)
+        >>> [p.numel() for p in bank.trained]  # of matrices, and of norms
+        [7, 0]
+        >>> bank.load_delta_dict("ink", {"0": torch.ones(3), "2": torch.ones(4)})
+        >>> bank.set_mix([{}, {"ink": 0.5}])  # the first sample gets the base, the second half of "ink"
+        >>> y = model(torch.ones(2, 3))
+        >>> torch.equal(y[0], y[1])
+        False
     """
 
     base: Tensor

@@ -72,6 +72,18 @@ class FactorCache:
             square factor, a quarter of that for Stable Diffusion; the other factor is one product away, which a GPU
             makes in no time). None is compact where there is an NVIDIA GPU, else full. Both are read.
         dtype: of U and Vh on disk and as they are returned: "float32", "bfloat16" or "float16". sigma is in fp32.
+
+    Example:
+        >>> import torch
+        >>> from svdiff_kernels import FactorCache
+        >>> cache = FactorCache("factors")
+        >>> weights = {"q": torch.randn(5, 3), "k": torch.randn(4, 3)}
+        >>> made = cache.get_many(weights)
+        >>> read = FactorCache("factors").get(weights["q"].clone())  # in another process, say: found by its content
+        >>> torch.equal(read.U, made["q"].U)
+        True
+        >>> cache.verify()  # nothing is damaged
+        {}
     """
 
     def __init__(

@@ -65,6 +65,18 @@ def decompose(
     Raises:
         SVDiffError: the weight is not a real matrix or conv kernel, is empty, or holds NaN or inf; ``rank < 1``; the
             spectrum is too wide for "gram"; or the solver did not converge.
+
+    Example:
+        >>> import torch
+        >>> from svdiff_kernels import decompose
+        >>> weight = torch.randn(5, 3)
+        >>> f = decompose(weight)
+        >>> f.rank, f.shape
+        (3, (5, 3))
+        >>> torch.allclose(f.reconstruct(), weight, atol=1e-5)
+        True
+        >>> [g.rank for g in decompose([weight, torch.randn(8, 4, 3, 3)], rank=2)]
+        [2, 2]
     """
     if isinstance(weight, Tensor):
         return next(factors for _, factors in decomposed([weight], rank, method=method, dtype=dtype))

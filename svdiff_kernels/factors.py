@@ -18,6 +18,15 @@ class Factors:
         U: ``[M, r]``, orthonormal columns.
         sigma: ``[r]``, non-increasing, never below fp32.
         Vh: ``[r, N]``, orthonormal rows; of a conv, ``N = C_in * kh * kw``.
+
+    Example:
+        >>> import torch
+        >>> from svdiff_kernels import decompose
+        >>> f = decompose(torch.diag(torch.tensor([3.0, 2.0, 1.0])))
+        >>> f.sigma
+        tensor([3., 2., 1.])
+        >>> f.truncated(2).to(dtype=torch.float16).reconstruct().diag()  # the best of rank 2
+        tensor([3., 2., 0.], dtype=torch.float16)
     """
 
     U: Tensor

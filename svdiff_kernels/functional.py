@@ -47,6 +47,19 @@ def spectral_linear(
 
     Raises:
         ValueError: shapes do not fit.
+
+    Example:
+        >>> import torch
+        >>> from svdiff_kernels import decompose, spectral_linear
+        >>> weight, x = torch.randn(5, 3), torch.randn(2, 3)
+        >>> f = decompose(weight)
+        >>> delta = torch.zeros(f.rank, requires_grad=True)
+        >>> y = spectral_linear(x, f.U, f.sigma, f.Vh, delta)
+        >>> torch.allclose(y, x @ weight.T, atol=1e-5)
+        True
+        >>> y.square().sum().backward()
+        >>> delta.grad.shape
+        torch.Size([3])
     """
     _check_factors(U, sigma, Vh, delta, x.shape[0] if x.dim() > 1 else 1)
     _check(Vh.dim() == 2, "Vh", Vh, "r", "N")
@@ -87,6 +100,16 @@ def spectral_conv2d(
 
     Raises:
         ValueError: shapes do not fit.
+
+    Example:
+        >>> import torch
+        >>> from svdiff_kernels import decompose, spectral_conv2d
+        >>> weight, x = torch.randn(6, 4, 3, 3), torch.randn(2, 4, 8, 8)
+        >>> f = decompose(weight)  # of the weight as a matrix [6, 36]
+        >>> Vh = f.Vh.unflatten(1, weight.shape[1:])
+        >>> y = spectral_conv2d(x, f.U, f.sigma, Vh, torch.zeros(f.rank), padding=1)
+        >>> torch.allclose(y, torch.conv2d(x, weight, padding=1), atol=1e-4)
+        True
     """
     _check(x.dim() in (3, 4), "x", x, "*", "C_in", "H", "W")
     _check_factors(U, sigma, Vh, delta, x.shape[0] if x.dim() == 4 else 1)
@@ -123,6 +146,15 @@ def spectral_embedding(
 
     Raises:
         ValueError: shapes do not fit.
+
+    Example:
+        >>> import torch
+        >>> from svdiff_kernels import decompose, spectral_embedding
+        >>> table, ids = torch.randn(10, 4), torch.tensor([[7, 2, 2]])
+        >>> f = decompose(table)
+        >>> y = spectral_embedding(ids, f.U, f.sigma, f.Vh, torch.zeros(f.rank))
+        >>> torch.allclose(y, table[ids], atol=1e-5)
+        True
     """
     _check_factors(U, sigma, Vh, delta, ids.shape[0] if ids.dim() else 1)
     _check(Vh.dim() == 2, "Vh", Vh, "r", "dim")

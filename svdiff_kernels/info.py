@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 from importlib.metadata import version
 
 import torch
@@ -22,6 +23,8 @@ def info() -> dict[str, str]:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "SVDIFF_BACKEND": os.environ.get("SVDIFF_BACKEND", "auto (not set)"),
     }
+    compiler = os.environ.get("CXX", "c++")
+    facts["C++ compiler"] = shutil.which(compiler.split()[0]) or f"none ({compiler!r} is not on the PATH)"
     if backends.extension is None:
         facts["extension"] = f"not used: {backends.why_no_extension}"
     else:

@@ -15,7 +15,6 @@ _CHEAP = {
     getattr(Tensor, name).__get__
     for name in ("dtype", "device", "shape", "ndim", "layout", "is_cuda", "is_cpu", "is_meta", "itemsize")
 } | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.element_size, Tensor.__len__}
-_DATA: Any = Tensor.data
 
 
 class LazyWeight(Tensor):
@@ -37,7 +36,7 @@ class LazyWeight(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func == _DATA.__set__:
+        if func == Tensor.data.__set__:  # type: ignore[attr-defined]
             raise SVDiffError(
                 "the weight of a spectral layer cannot be written, for it is made of its factors: fuse the shifts first"
             )

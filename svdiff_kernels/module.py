@@ -14,16 +14,6 @@ from .functional import spectral_gain
 if TYPE_CHECKING:
     from .bank import Bank
 
-    # A type checker would want every attribute of theirs declared twice.
-    LinearLike = nn.Module
-    Conv2dLike = nn.Module
-    EmbeddingLike = nn.Module
-    LayerNormLike = nn.Module
-    GroupNormLike = nn.Module
-else:  # what a spectral layer stands in for, it is to `isinstance`
-    LinearLike, Conv2dLike, EmbeddingLike = nn.Linear, nn.Conv2d, nn.Embedding
-    LayerNormLike, GroupNormLike = nn.LayerNorm, nn.GroupNorm
-
 
 class SpectralModule(nn.Module):
     """What all spectral layers share: the shift, and where its gain comes from.
@@ -37,7 +27,7 @@ class SpectralModule(nn.Module):
 
     sigma: Tensor
     delta: Tensor
-    bias: Tensor | None
+    bias: Any  # Tensor | None, which torch's layers, other bases of some subclasses, declare in other ways
     form: str
     one_dim: ClassVar[bool] = False
 

@@ -1,8 +1,10 @@
 """Spectral layers as modules: drop-in replacements of torch's, with a frozen SVD and a trainable shift.
 
-layer = SpectralLinear.from_module(linear)
-layer.delta          # the only trainable tensor
-layer.merge()        # a plain nn.Linear again, with the shifted weight
+Example::
+
+    layer = SpectralLinear.from_module(linear)
+    layer.delta  # the only trainable tensor
+    layer.merge()  # a plain nn.Linear again, with the shifted weight
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from .decompose import decompose
 from .errors import SVDiffError
 from .factors import Factors
 from .lazy import LazyWeight
-from .module import Conv2dLike, EmbeddingLike, LinearLike, SpectralModule
+from .module import SpectralModule
 from .norms import SpectralGroupNorm, SpectralLayerNorm
 from .recomposed import recomposed_conv2d, recomposed_embedding, recomposed_linear, recomposed_weight
 from .scaled import scaled_conv2d, scaled_embedding, scaled_linear, scaled_linears
@@ -194,8 +196,21 @@ def _prepare(
     return factors, form
 
 
-class SpectralLinear(_SpectralMatrix, LinearLike):
-    """`functional.spectral_linear` as a module; stands in for `nn.Linear`, and is one to whoever asks."""
+class SpectralLinear(_SpectralMatrix, nn.Linear):  # type: ignore[override]
+    """`functional.spectral_linear` as a module; stands in for `nn.Linear`, and is one to whoever asks.
+
+    Example:
+        >>> import torch
+        >>> from svdiff_kernels.nn import SpectralLinear
+        >>> linear = torch.nn.Linear(3, 5)
+        >>> layer = SpectralLinear.from_module(linear)
+        >>> [name for name, p in layer.named_parameters() if p.requires_grad]
+        ['delta']
+        >>> layer
+        SpectralLinear(3, 5, rank=3, form=factored)
+        >>> torch.allclose(layer.merge().weight, linear.weight, atol=1e-6)  # a plain nn.Linear again
+        True
+    """
 
     def __init__(self, module: nn.Linear, factors: Factors, form: str) -> None:
         super().__init__(module.weight, factors, form, module.bias)
@@ -250,7 +265,7 @@ def linears(x: Tensor, layers: Sequence[SpectralLinear]) -> list[Tensor]:
     return scaled_linears(x, U, gains, Vh, bias, alpha=alpha)
 
 
-class SpectralConv2d(_SpectralMatrix, Conv2dLike):
+class SpectralConv2d(_SpectralMatrix, nn.Conv2d):  # type: ignore[override]
     """`functional.spectral_conv2d` as a module; stands in for `nn.Conv2d`. A grouped one is always recomposed."""
 
     kernel_size: Any  # pairs, as nn.Conv2d keeps them
@@ -314,7 +329,7 @@ class SpectralConv2d(_SpectralMatrix, Conv2dLike):
         )
 
 
-class SpectralEmbedding(_SpectralMatrix, EmbeddingLike):
+class SpectralEmbedding(_SpectralMatrix, nn.Embedding):  # type: ignore[override]
     """`functional.spectral_embedding` as a module; stands in for `nn.Embedding`."""
 
     range_safe = False  # what it scales are rows of U

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import SVDiffError
-from .module import GroupNormLike, LayerNormLike, SpectralModule
+from .module import SpectralModule
 
 
 class _SpectralVector(SpectralModule):
@@ -87,7 +87,7 @@ class _SpectralVector(SpectralModule):
         return plain.train(self.training)
 
 
-class SpectralLayerNorm(_SpectralVector, LayerNormLike):
+class SpectralLayerNorm(_SpectralVector, nn.LayerNorm):  # type: ignore[misc]
     """Stands in for `nn.LayerNorm`; only its weight moves."""
 
     def __init__(self, module: nn.LayerNorm, mode: str) -> None:
@@ -111,7 +111,7 @@ class SpectralLayerNorm(_SpectralVector, LayerNormLike):
         return self._merge_into(plain, base)
 
 
-class SpectralGroupNorm(_SpectralVector, GroupNormLike):
+class SpectralGroupNorm(_SpectralVector, nn.GroupNorm):  # type: ignore[misc]
     """Stands in for `nn.GroupNorm`; only its weight moves."""
 
     def __init__(self, module: nn.GroupNorm, mode: str) -> None:

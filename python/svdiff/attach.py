@@ -59,6 +59,18 @@ def attach(
     Raises:
         SVDiffError: the model has spectral or PEFT layers already, `targets` matches nothing, there is no such text
             encoder, or a weight holds NaN or inf. The model is then as it was.
+
+    Example:
+        >>> import svdiff
+        >>> from svdiff.miniature import load_pipeline
+        >>> pipeline = load_pipeline()
+        >>> adapter = svdiff.attach(pipeline, targets="cross_attn_kv")
+        >>> adapter.get_active_adapters()
+        ['default']
+        >>> groups = adapter.param_groups(lr=1e-3, lr_1d=1e-6)  # for any optimiser
+        >>> adapter.num_parameters() == sum(p.numel() for group in groups for p in group["params"])
+        True
+        >>> adapter.unload()  # the original pipeline, to the bit
     """
     if one_dim not in get_args(OneDim):
         raise SVDiffError(f"one_dim {one_dim!r} is not one of {', '.join(get_args(OneDim))}")
@@ -106,6 +118,17 @@ def load(
 
     Raises:
         SVDiffError: no file, a damaged one, or one for another base. The model is then as it was.
+
+    Example:
+        >>> import svdiff
+        >>> from svdiff.miniature import load_pipeline
+        >>> pipeline = load_pipeline()
+        >>> adapter = svdiff.attach(pipeline, targets="cross_attn_kv")
+        >>> adapter.save_weights("my-dog")
+        [PosixPath('my-dog/spectral_shifts.safetensors')]
+        >>> adapter.unload()
+        >>> svdiff.load(pipeline, {"dog": "my-dog"}).get_active_adapters()
+        ['dog']
     """
     models = models_of(model_or_pipeline)
     adapters = {

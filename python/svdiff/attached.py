@@ -242,11 +242,11 @@ class _SavesPlain:
         if self._part is None:
             raise SVDiffError("a copy of an attached model cannot be saved: save the model that it was copied from")
         part, was_fused = self._part, self._part.is_fused
+        model: Any = part.model
         if not was_fused:
             part.fuse()
         try:
-            kind: Any = type(part.model)
-            return kind.save_pretrained(part.model, *args, **kwargs)
+            return type(model).save_pretrained(model, *args, **kwargs)
         finally:
             if not was_fused:
                 part.unfuse()

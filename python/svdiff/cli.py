@@ -14,7 +14,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
 from .termination import exit_if_told, exit_on_signals
@@ -87,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(name: str, argv: list[str]) -> int:
     from svdiff_kernels import SVDiffError  # from here on imports take seconds
 
+    from .extras import lacking
     from .processes import FailedElsewhereError, is_first
 
     try:
@@ -100,6 +101,8 @@ def _run(name: str, argv: list[str]) -> int:
         return 0
     except Exception as error:
         exit_if_told()
+        if isinstance(error, ModuleNotFoundError):
+            error = lacking(error, f"svdiff {name}") or error
         if not isinstance(error, SVDiffError):
             raise
         if not isinstance(error, FailedElsewhereError):
@@ -129,6 +132,9 @@ def _command_name(argv: list[str]) -> str:
 
 
 def _parse(name: str, command: Command, config: Any, argv: list[str]) -> Any:
+    if not fields(config):
+        _Parser(prog=f"svdiff {name}", description=command.summary).parse_args(argv)
+        return config()
     from transformers import HfArgumentParser
 
     class ConfigParser(HfArgumentParser, _Parser):

@@ -38,23 +38,23 @@ class SVDLayer(SpectralModule):
         return spectral_gain(self.sigma, self.scale * self.delta)
 
 
-class SVDLinear(SVDLayer, SpectralLinear):
+class SVDLinear(SVDLayer, SpectralLinear):  # type: ignore[override]
     """Stands in for `nn.Linear`."""
 
 
-class SVDConv2d(SVDLayer, SpectralConv2d):
+class SVDConv2d(SVDLayer, SpectralConv2d):  # type: ignore[override]
     """Stands in for `nn.Conv2d`; the kernel is a matrix ``[C_out, C_in * kh * kw]``."""
 
 
-class SVDEmbedding(SVDLayer, SpectralEmbedding):
+class SVDEmbedding(SVDLayer, SpectralEmbedding):  # type: ignore[override]
     """Stands in for `nn.Embedding`."""
 
 
-class SVDLayerNorm(SVDLayer, SpectralLayerNorm):
+class SVDLayerNorm(SVDLayer, SpectralLayerNorm):  # type: ignore[misc]
     """Stands in for `nn.LayerNorm`; its weight is a matrix of one row, whose only singular value shifts."""
 
 
-class SVDGroupNorm(SVDLayer, SpectralGroupNorm):
+class SVDGroupNorm(SVDLayer, SpectralGroupNorm):  # type: ignore[misc]
     """Stands in for `nn.GroupNorm`; see `SVDLayerNorm`."""
 
 
