@@ -46,6 +46,12 @@ docs/inference
 docs/ui
 docs/peft
 docs/compat
+docs/exports
+examples/README
+examples/vit/README
+examples/lightning/README
+examples/trainer/README
+examples/cpp/README
 examples/serve/README
 docs/performance
 ```
