@@ -30,6 +30,8 @@ SINGLE_FILE = "model.safetensors"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "lora.safetensors"
 
+_ARCHITECTURES = {"1": "v1", "2": "v2-512", "xl": "xl-v1-base"}  # as modelspec calls them
+
 
 @dataclass
 class ExportConfig:
@@ -160,8 +162,8 @@ def _write_lora(config: ExportConfig, pipeline: Any, adapter: Adapter, staging: 
 def _write_kohya(config: ExportConfig, pipeline: Any, adapter: Adapter, staging: Path) -> tuple[str, Fidelity]:
     if not hasattr(pipeline, "unet"):
         raise SVDiffError(f"kohya's names are for UNets, not for a {type(pipeline).__name__}: export lora instead")
-    xl = ldm.is_xl(pipeline)
-    names = lora.kohya_names(pipeline.unet.config, xl=xl)
+    generation = ldm.generation_of(pipeline)
+    names = lora.kohya_names(pipeline.unet.config, xl=generation == "xl")
     pairs, norms, fidelity = _low_rank(config, adapter, names, norms=config.norms)
     rank = str(max((pair.rank for pair in pairs.values()), default=0))
     metadata = {
@@ -169,9 +171,10 @@ def _write_kohya(config: ExportConfig, pipeline: Any, adapter: Adapter, staging:
         "ss_network_dim": rank,
         "ss_network_alpha": rank,
         "ss_network_args": json.dumps({"conv_dim": rank, "conv_alpha": rank}),
-        "ss_base_model_version": "sdxl_base_v1-0" if xl else "sd_v1",
+        "ss_base_model_version": {"1": "sd_v1", "2": "sd_v2", "xl": "sdxl_base_v1-0"}[generation],
+        "ss_v2": str(generation == "2"),
         **_model_spec(config),
-        "modelspec.architecture": f"stable-diffusion-{'xl-v1-base' if xl else 'v1'}/lora",
+        "modelspec.architecture": f"stable-diffusion-{_ARCHITECTURES[generation]}/lora",
     }
     save_file(lora.kohya_tensors(pairs, norms), staging / KOHYA_FILE, metadata)
     return KOHYA_FILE, fidelity

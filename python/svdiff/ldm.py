@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -95,20 +95,23 @@ def checkpoint_of(pipeline: Any) -> dict[str, Tensor]:
     parts = {"model.diffusion_model.": _unet(pipeline.unet)}
     if holds_vae(pipeline):
         parts["first_stage_model."] = _vae(pipeline.vae)
-    if is_xl(pipeline):
+    generation = generation_of(pipeline)
+    if generation == "xl":
         if pipeline.text_encoder is not None:  # the refiner has only the second
             parts["conditioner.embedders.0.transformer."] = _clip(pipeline.text_encoder)
         parts["conditioner.embedders.1.model."] = _open_clip(pipeline.text_encoder_2)
-    elif pipeline.text_encoder.config.hidden_act == "gelu":  # OpenCLIP's, of SD 2.x
+    elif generation == "2":
         parts["cond_stage_model.model."] = _open_clip(pipeline.text_encoder)
     else:
         parts["cond_stage_model.transformer."] = _clip(pipeline.text_encoder)
     return {prefix + key: tensor.contiguous() for prefix, part in parts.items() for key, tensor in part}
 
 
-def is_xl(pipeline: Any) -> bool:
-    """Whether it is SDXL, for which trainers keep the original names of the UNet's layers."""
-    return type(pipeline).__name__.startswith("StableDiffusionXL")
+def generation_of(pipeline: Any) -> Literal["1", "2", "xl"]:
+    """Which Stable Diffusion it is: 2.x has OpenCLIP's text encoder, with another activation than CLIP's."""
+    if type(pipeline).__name__.startswith("StableDiffusionXL"):
+        return "xl"
+    return "2" if pipeline.text_encoder.config.hidden_act == "gelu" else "1"
 
 
 def holds_vae(pipeline: Any) -> bool:

@@ -224,6 +224,7 @@ def test_kohya_layout(kind: str, bases: dict[str, str], shifts: Shifts, tmp_path
     with safe_open(result.path, framework="pt") as file:
         metadata = file.metadata()
     assert metadata["ss_network_module"] == "networks.lora" and metadata["ss_network_dim"] == "4"
+    assert metadata["ss_base_model_version"] == ("sdxl_base_v1-0" if kind == "sdxl" else "sd_v1")
     without, _ = exported(tmp_path / "without", "kohya", bases[kind], given, rank=4, norms=False)
     assert {key for key in load_file(without.path)} == {key for key in tensors if "_norm" not in key.rsplit(".", 1)[1]}
     assert without.fidelity.left_out > result.fidelity.left_out  # embeddings have no place in either
