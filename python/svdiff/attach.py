@@ -43,7 +43,8 @@ def attach(
     The model computes what it did before, everything else in it is frozen, and `Adapter.unload` undoes it all.
 
     Args:
-        model_or_pipeline: a UNet, transformer or text encoder, or a diffusers pipeline that holds them.
+        model_or_pipeline: a UNet, transformer or text encoder, or a diffusers pipeline that holds them. A LoRA
+            of PEFT's may be in it, and stays as it is: the layers beneath are taken.
         targets: which layers of the denoiser: "all", "cross_attn", "cross_attn_kv", "up", "down", "mid", a regular
             expression searched for in module paths, or a collection of the very paths. A pipeline's text encoders are
             taken whole.
@@ -57,7 +58,7 @@ def attach(
             memory until then. What the cache lacks is decomposed now.
 
     Raises:
-        SVDiffError: the model has spectral or PEFT layers already, `targets` matches nothing, there is no such text
+        SVDiffError: the model has spectral layers already, `targets` matches nothing, there is no such text
             encoder, or a weight holds NaN or inf. The model is then as it was.
 
     Example:

@@ -208,12 +208,16 @@ def test_attaching_twice_is_an_error(unet: Any) -> None:
         svdiff.attach(unet, targets="up")
 
 
-def test_peft_layers_are_an_error(unet: Any) -> None:
+def test_layers_beneath_a_lora_have_their_own_paths(unet: Any) -> None:
     from peft import LoraConfig
 
-    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
-    with pytest.raises(SVDiffError, match="PEFT"):
-        svdiff.attach(unet)
+    plain = svdiff.attach(tiny_unet(), cache=False).parts[0].layout
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "conv1"]))
+    before = snapshot(unet)
+    adapter = svdiff.attach(unet, cache=False)
+    assert adapter.parts[0].layout.shapes == plain.shapes and adapter.parts[0].layout.hashes == plain.hashes
+    adapter.unload()
+    assert_unchanged(unet, before)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
