@@ -111,7 +111,8 @@ def generation_of(pipeline: Any) -> Literal["1", "2", "xl"]:
     """Which Stable Diffusion it is: 2.x has OpenCLIP's text encoder, with another activation than CLIP's."""
     if type(pipeline).__name__.startswith("StableDiffusionXL"):
         return "xl"
-    return "2" if pipeline.text_encoder.config.hidden_act == "gelu" else "1"
+    encoder = getattr(pipeline, "text_encoder", None)
+    return "2" if encoder is not None and getattr(encoder.config, "hidden_act", None) == "gelu" else "1"
 
 
 def holds_vae(pipeline: Any) -> bool:
