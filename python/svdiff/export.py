@@ -201,7 +201,8 @@ def _low_rank(
             return of_norms[name].float()
         if not ranks[name]:
             return torch.zeros(())
-        pairs[name] = lora.make_pair(change, ranks[name], dtype)
+        alpha = max(ranks.values()) if config.format == "kohya" else ranks[name]
+        pairs[name] = lora.make_pair(change, ranks[name], alpha, dtype)
         return pairs[name].product()
 
     fidelity = compare(changes, written)

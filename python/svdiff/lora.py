@@ -26,15 +26,17 @@ _TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")  # what 
 
 @dataclass(frozen=True)
 class Pair:
-    """``dW = up @ down``.
+    """``dW = alpha / k * up @ down``.
 
     Attributes:
         down: ``[k, N]``, or ``[k, C_in, kh, kw]`` of a convolution.
         up: ``[M, k]``, or ``[M, k, 1, 1]``.
+        alpha: k where the format has none.
     """
 
     down: Tensor
     up: Tensor
+    alpha: int
 
     @property
     def rank(self) -> int:
@@ -43,17 +45,18 @@ class Pair:
 
     def product(self) -> Tensor:
         """dW as a matrix ``[M, N]``, in fp32."""
-        return self.up.flatten(1).float() @ self.down.flatten(1).float()
+        return self.alpha / self.rank * (self.up.flatten(1).float() @ self.down.flatten(1).float())
 
 
-def make_pair(change: Change, rank: int, dtype: torch.dtype) -> Pair:
+def make_pair(change: Change, rank: int, alpha: int, dtype: torch.dtype) -> Pair:
     """The best pair of a rank for what shifts change in a weight, in dtype."""
     factors, shape = change.layer.factors(), change.layer.weight.shape
     kept = change.dsigma.abs().argsort(descending=True)[:rank]
     root = change.dsigma[kept].abs().sqrt()
     down = (root[:, None] * factors.Vh[kept].float()).unflatten(1, shape[1:])
-    up = factors.U[:, kept].float() * (root * change.dsigma[kept].sign())
-    return Pair(down.to(dtype).contiguous(), up.view(*up.shape, *[1] * (len(shape) - 2)).to(dtype).contiguous())
+    up = factors.U[:, kept].float() * (root * change.dsigma[kept].sign()) * (rank / alpha)
+    up = up.view(*up.shape, *[1] * (len(shape) - 2))
+    return Pair(down.to(dtype).contiguous(), up.to(dtype).contiguous(), alpha)
 
 
 def choose_ranks(
@@ -127,18 +130,13 @@ def diffusers_tensors(pairs: Mapping[str, Pair]) -> dict[str, Tensor]:
 
 
 def kohya_tensors(pairs: Mapping[str, Pair], norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Keys of sd-scripts; norms as LyCORIS has them.
-
-    Consumers multiply by ``alpha / rank``. All alphas are one number, since some consumers mix up different ones, and
-    up makes good for it.
-    """
-    alpha = max((pair.rank for pair in pairs.values()), default=1)
+    """Keys of sd-scripts; norms as LyCORIS has them. All alphas should be one: some consumers mix up different ones."""
     tensors: dict[str, Tensor] = {}
     for name, pair in pairs.items():
         tensors |= {
             f"{name}.lora_down.weight": pair.down,
-            f"{name}.lora_up.weight": (pair.up.float() * (pair.rank / alpha)).to(pair.up.dtype),
-            f"{name}.alpha": torch.tensor(float(alpha)),
+            f"{name}.lora_up.weight": pair.up,
+            f"{name}.alpha": torch.tensor(float(pair.alpha)),
         }
     for name, change in norms.items():
         tensors |= {f"{name}.w_norm": change, f"{name}.b_norm": torch.zeros_like(change)}  # one reader wants both
