@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .export import ExportConfig, ExportResult, export
     from .extract import ExtractConfig, ExtractResult, extract
     from .generate import GenerateConfig, GenerateResult, generate
+    from .tokens import load_tokens, save_tokens
     from .train import TrainConfig, TrainResult, train
 
 __all__ = [
@@ -45,6 +46,8 @@ __all__ = [
     "extract",
     "generate",
     "load",
+    "load_tokens",
+    "save_tokens",
     "train",
 ]
 
@@ -57,6 +60,7 @@ _HOMES = {
     **dict.fromkeys(("ExportConfig", "ExportResult", "export"), "export"),
     **dict.fromkeys(("ExtractConfig", "ExtractResult", "extract"), "extract"),
     **dict.fromkeys(("GenerateConfig", "GenerateResult", "generate"), "generate"),
+    **dict.fromkeys(("load_tokens", "save_tokens"), "tokens"),
     **dict.fromkeys(("TrainConfig", "TrainResult", "train"), "train"),
 }
 

@@ -102,7 +102,7 @@ def train(config: TrainConfig) -> TrainResult:
         classes = classes_of(config, host, family.pipeline, concepts, directory / CLASS_PICTURES)
         check_same(host, "pictures", [(p.path.name, p.caption) for pool in (*instances, *classes) for p in pool])
         method = _prepared(config, family, host.device)
-        objective = make_objective(config, host, family, concepts, instances, classes, buckets, method.encoders.keys())
+        objective = make_objective(config, host, family, concepts, instances, classes, buckets, method.readers.keys())
         for model in method.models if config.shard_factors else []:
             shard_frozen(model, host.device)
         loop = Loop(
@@ -203,7 +203,7 @@ def _prepared(config: TrainConfig, family: Family, device: torch.device) -> Meth
         method.cast(DTYPES[config.mixed_precision])
     if config.gradient_checkpointing:
         family.denoiser.enable_gradient_checkpointing()
-        for encoder in method.encoders.values():
+        for encoder in method.readers.values():
             encoder.gradient_checkpointing_enable({"use_reentrant": False})
     if config.compile is not None:
         family.denoiser.compile(mode=config.compile)

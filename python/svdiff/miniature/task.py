@@ -45,15 +45,18 @@ class Task:
         subjects: keys of `world.SUBJECTS`.
         seed: of everything that chance decides here.
         pictures: of each subject to learn from, up to six.
+        new_words: whether a subject is called by a word that is new to the tokenizer, not by a rare one.
     """
 
     subjects: tuple[str, ...]
     seed: int = 0
     pictures: int = 4
+    new_words: bool = False
 
     def token(self, subject: str) -> str:
         """The word that stands for a subject."""
-        return world.RARE_TOKENS[self.subjects.index(subject)]
+        rare = world.RARE_TOKENS[self.subjects.index(subject)]
+        return f"<{rare}>" if self.new_words else rare
 
     def write_pictures(self, folder: Path, subject: str) -> list[Image]:
         """Render the examples of a subject, with their captions in ``metadata.jsonl``."""

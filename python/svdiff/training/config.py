@@ -17,7 +17,7 @@ from svdiff_kernels import SVDiffError
 from ..attach import Form, OneDim
 from ..pipelines import SCHEDULERS
 
-Method = Literal["svdiff", "lora", "full"]
+Method = Literal["svdiff", "lora", "full", "custom_diffusion", "textual_inversion"]
 Tracker = Literal["auto", "tensorboard", "wandb", "all", "none"]
 
 
@@ -68,7 +68,17 @@ class TrainConfig:
     )
     unmix_loss_weight: float = _flag(0.0, "weight of the loss that keeps a subject's token off the other's half")
 
-    method: Method = _flag("svdiff", "what trains: spectral shifts, a LoRA (PEFT), or all weights")
+    method: Method = _flag(
+        "svdiff",
+        "what trains: spectral shifts, a LoRA (PEFT), all weights, keys and values of cross-attention (Custom "
+        "Diffusion), or learned tokens alone",
+    )
+    modifier_token: list[str] | None = _flag(
+        None, "new words in the captions, such as <new1>, whose embeddings train beside whatever else does"
+    )
+    initializer_token: list[str] | None = _flag(None, "a known word for each of them to begin with, such as dog")
+    num_vectors: int = _flag(1, "embeddings that a new word stands for")
+    learning_rate_tokens: float | None = _flag(None, "of new words' embeddings; default: learning_rate")
     targets: str = _flag(
         "all", "all, attention, cross_attn, cross_attn_kv, up, down, mid, or a regular expression of paths"
     )
@@ -158,9 +168,10 @@ _AT_LEAST_ONE = """
 num_class_images sample_batch_size prior_generation_num_inference_steps train_batch_size max_train_steps
 gradient_accumulation_steps validation_steps num_validation_images validation_num_inference_steps lora_rank
 repeats checkpointing_steps num_train_epochs checkpoints_total_limit resolution rank max_sequence_length lr_num_cycles
+num_vectors
 """.split()  # noqa: SIM905
 _NOT_NEGATIVE = """
-learning_rate learning_rate_1d text_encoder_lr prior_loss_weight adam_weight_decay max_grad_norm shift_penalty
+learning_rate learning_rate_1d learning_rate_tokens text_encoder_lr prior_loss_weight adam_weight_decay max_grad_norm shift_penalty
 unmix_loss_weight noise_offset snr_gamma lr_warmup_steps lr_power adam_epsilon logit_std
 """.split()  # noqa: SIM905
 
@@ -175,6 +186,7 @@ def check(config: TrainConfig) -> None:
     _check_numbers(config)
     _check_sources(config)
     _check_combinations(config)
+    _check_tokens(config)
     _check_libraries(config)
 
 
@@ -265,6 +277,31 @@ def _check_combinations(config: TrainConfig) -> None:
                 raise SVDiffError(f"{name} is of method svdiff, not of {config.method}")
     if config.lr_scheduler == "piecewise_constant" and not config.lr_step_rules:
         raise SVDiffError("lr_scheduler piecewise_constant needs lr_step_rules")
+
+
+def _check_tokens(config: TrainConfig) -> None:
+    tokens, words = config.modifier_token or [], config.initializer_token or []
+    if config.method == "textual_inversion":
+        if not tokens:
+            raise SVDiffError("method textual_inversion needs a modifier_token, such as <new1>: nothing else trains")
+        if config.train_text_encoder:
+            raise SVDiffError("train_text_encoder: method textual_inversion trains nothing but its tokens")
+    if config.method == "custom_diffusion":
+        if config.targets not in ("all", "cross_attn_kv"):
+            raise SVDiffError(f"targets {config.targets}: method custom_diffusion trains cross_attn_kv, and no others")
+        if config.train_text_encoder:
+            raise SVDiffError("train_text_encoder: method custom_diffusion leaves it as it is, but for a modifier_token")
+    if config.method == "full" and tokens:
+        raise SVDiffError("modifier_token and method full exclude each other: of all weights, a rare word will do")
+    if len(words) != len(tokens):
+        raise SVDiffError(f"initializer_token: {len(words)} words for {len(tokens)} of modifier_token; give one for each")
+    if not tokens and (config.num_vectors != 1 or config.learning_rate_tokens is not None):
+        raise SVDiffError("num_vectors and learning_rate_tokens are of a modifier_token")
+    for token in tokens:
+        if not token.strip() or token.split() != [token]:
+            raise SVDiffError(f"modifier_token {token!r} is no single word: choose one such as <new1>")
+    if len(set(tokens)) < len(tokens):
+        raise SVDiffError("modifier_token has a word twice")
 
 
 def _check_libraries(config: TrainConfig) -> None:

@@ -60,6 +60,7 @@ class Family:
     def tokens(self, encoder: str, captions: Sequence[str]) -> Tensor:
         """Token ids ``[len(captions), L]`` of one text encoder."""
         tokenizer = self._tokenizers[encoder]
+        captions = [self._spelt(encoder, caption) for caption in captions]
         longest = self._t5_length() if _is_t5(self.text_encoders[encoder]) else tokenizer.model_max_length
         ids: Tensor = tokenizer(
             list(captions), padding="max_length", max_length=longest, truncation=True, return_tensors="pt"
@@ -69,7 +70,7 @@ class Family:
     def token_places(self, encoder: str, caption: str, words: str) -> list[int]:
         """Where the tokens of `words` are in a caption, the first time they occur; empty if they do not."""
         ids = self.tokens(encoder, [caption])[0].tolist()
-        wanted = self._tokenizers[encoder](words, add_special_tokens=False).input_ids
+        wanted = self._tokenizers[encoder](self._spelt(encoder, words), add_special_tokens=False).input_ids
         for start in range(len(ids) - len(wanted) + 1):
             if ids[start : start + len(wanted)] == wanted:
                 return list(range(start, start + len(wanted)))
@@ -94,6 +95,13 @@ class Family:
                 pixels, height (top) first.
         """
         raise NotImplementedError
+
+    def _spelt(self, encoder: str, caption: str) -> str:
+        """The caption with every token of a learned word of several, as the pipeline will write it."""
+        if not hasattr(self.pipeline, "maybe_convert_prompt"):
+            return caption
+        spelt: str = self.pipeline.maybe_convert_prompt(caption, self._tokenizers[encoder])
+        return spelt
 
     def _t5_length(self) -> int:
         if self._max_sequence_length is not None:

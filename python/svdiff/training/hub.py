@@ -3,29 +3,46 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from svdiff_kernels import SVDiffError
 
+from .. import custom_diffusion
 from .config import TrainConfig, default_hub_id
 
-_USE = {
-    "svdiff": """import svdiff
-from diffusers import DiffusionPipeline
-from huggingface_hub import snapshot_download
+class _Kind(NamedTuple):
+    """What a method's files are called, and how they are loaded into a pipeline of diffusers."""
 
-pipeline = DiffusionPipeline.from_pretrained("{base}")
-svdiff.load(pipeline, snapshot_download("{repository}"))
-pipeline("{prompt}").images[0]""",
-    "lora": """from diffusers import DiffusionPipeline
+    what: str
+    tag: str
+    imports: str
+    load: str
 
-pipeline = DiffusionPipeline.from_pretrained("{base}")
-pipeline.load_lora_weights("{repository}")
-pipeline("{prompt}").images[0]""",
-    "full": """from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained("{repository}", subfolder="pipeline")
-pipeline("{prompt}").images[0]""",
+_DIFFUSERS = "from diffusers import DiffusionPipeline"
+_DOWNLOADED = "from huggingface_hub import snapshot_download"
+_PRETRAINED = 'pipeline = DiffusionPipeline.from_pretrained("{base}")'
+_KINDS: dict[str, _Kind] = {
+    "svdiff": _Kind(
+        "Spectral shifts (SVDiff)",
+        "svdiff",
+        f"import svdiff\n{_DIFFUSERS}\n{_DOWNLOADED}",
+        f'{_PRETRAINED}\nsvdiff.load(pipeline, snapshot_download("{{repository}}"))',
+    ),
+    "lora": _Kind("A LoRA", "lora", _DIFFUSERS, f'{_PRETRAINED}\npipeline.load_lora_weights("{{repository}}")'),
+    "full": _Kind(
+        "All weights",
+        "dreambooth",
+        _DIFFUSERS,
+        'pipeline = DiffusionPipeline.from_pretrained("{repository}", subfolder="pipeline")',
+    ),
+    "custom_diffusion": _Kind(
+        "Keys and values of cross-attention (Custom Diffusion)",
+        "custom-diffusion",
+        _DIFFUSERS,
+        f'{_PRETRAINED}\npipeline.unet.load_attn_procs("{{repository}}", weight_name="{{weights}}")',
+    ),
+    "textual_inversion": _Kind("New words", "textual_inversion", _DIFFUSERS, _PRETRAINED),
 }
 
 
@@ -38,18 +55,21 @@ def write_model_card(
     repository, base = default_hub_id(config), config.pretrained_model_name_or_path
     is_hub_id = "/" in base and not Path(base).expanduser().exists()
     base = base if is_hub_id else Path(base).name  # a card is shared, folders are private
+    kind = _KINDS[config.method]
     data = ModelCardData(
         base_model=base if is_hub_id else None,
         library_name="diffusers",
-        tags=["text-to-image", "diffusers", {"svdiff": "svdiff", "lora": "lora", "full": "dreambooth"}[config.method]],
+        tags=["text-to-image", "diffusers", kind.tag],
         instance_prompt=prompts[0],
     )
-    use = _USE[config.method].format(base=base, repository=repository, prompt=prompts[0])
+    use = _use(config, kind).format(
+        base=base, repository=repository, prompt=prompts[0], weights=custom_diffusion.FILE_NAME
+    )
     grids = sorted(directory.glob("validation/*.png"))
     pictures = (
         f"\n![{', '.join(config.validation_prompt or [])}]({grids[-1].relative_to(directory)})\n" if grids else ""
     )
-    what = {"svdiff": "Spectral shifts (SVDiff)", "lora": "A LoRA", "full": "All weights"}[config.method]
+    what = f"{kind.what}{' and new words' if config.modifier_token and kind.load != _PRETRAINED else ''}"
     content = f"""---
 {data.to_yaml()}
 ---
@@ -71,6 +91,15 @@ def write_model_card(
 `run.json` has every setting.
 """
     ModelCard(content).save(directory / "README.md")
+
+
+def _use(config: TrainConfig, kind: _Kind) -> str:
+    imports, loads = kind.imports, kind.load
+    if config.modifier_token:
+        lines = {*imports.splitlines(), "import svdiff", _DOWNLOADED}
+        imports = "\n".join(sorted(lines, key=lambda line: (not line.startswith("import"), line)))
+        loads += '\nsvdiff.load_tokens(pipeline, snapshot_download("{repository}"))'
+    return f'{imports}\n\n{loads}\npipeline("{{prompt}}").images[0]'
 
 
 def push(directory: Path, config: TrainConfig) -> str:

@@ -1,4 +1,4 @@
-"""What trains: spectral shifts, a LoRA, or all weights; the loop is the same for all three."""
+"""What trains: spectral shifts, a LoRA, all weights, some of them, or none; and new words. The loop is the same."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ..attach import attach
 from ..attached import weight_of
 from ..cache import build
 from ..targets import select
+from ..tokens import LearnedTokens, add_token, initial_vectors, learned_tokens, save_tokens, vectors_of
 from .chance import seed_of
 from .config import TrainConfig
 from .families import Family
@@ -36,22 +37,41 @@ class Method:
     def __init__(self, config: TrainConfig, family: Family) -> None:
         self._config, self._family = config, family
         self.encoders = family.trainable_encoders() if config.train_text_encoder else {}
+        self._prepare()
+        self._tokens = self._add_tokens() if config.modifier_token else {}
+
+    def _prepare(self) -> None:
+        """Freeze what does not train, and make what does."""
+        raise NotImplementedError
+
+    @property
+    def readers(self) -> dict[str, nn.Module]:
+        """The text encoders, by name, whose answers change: something trains in them."""
+        return self.encoders or {name: self._family.text_encoders[name] for name in self._tokens}
 
     @property
     def models(self) -> list[nn.Module]:
         """The models that something trains in."""
-        return [self._family.denoiser, *self.encoders.values()]
+        return [self._family.denoiser, *self.readers.values()]
 
-    def param_groups(self, lr: float, lr_1d: float, lr_encoders: float) -> list[dict[str, Any]]:
+    def param_groups(self, lr: float, lr_1d: float, lr_encoders: float, lr_tokens: float) -> list[dict[str, Any]]:
         """What trains, as groups for an optimiser."""
+        groups = self._weight_groups(lr, lr_1d, lr_encoders)
+        groups.append({"params": [tokens.vectors for tokens in self._tokens.values()], "lr": lr_tokens})
+        return [group for group in groups if group["params"]]
+
+    def _weight_groups(self, lr: float, lr_1d: float, lr_encoders: float) -> list[dict[str, Any]]:
+        """Without the tokens."""
+        tokens = {id(tokens.vectors) for tokens in self._tokens.values()}
         groups = []
         for model, rate in [(self._family.denoiser, lr), *((m, lr_encoders) for m in self.encoders.values())]:
-            groups.append({"params": [p for p in model.parameters() if p.requires_grad], "lr": rate})
+            trained = [p for p in model.parameters() if p.requires_grad and id(p) not in tokens]
+            groups.append({"params": trained, "lr": rate})
         return groups
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What trains, by a name that lasts."""
-        parts = {"denoiser": self._family.denoiser, **self.encoders}
+        parts = {"denoiser": self._family.denoiser, **self.readers}
         return {
             f"{role}.{name}": parameter
             for role, model in parts.items()
@@ -65,19 +85,42 @@ class Method:
 
     def cast(self, dtype: torch.dtype) -> None:
         """Have what is frozen in a narrower type."""
+        trained = {name: p.data for name, p in self.parameters().items()}
         for model in (self._family.denoiser, *self._family.text_encoders.values()):
             model.to(dtype)
+        for name, parameter in self.parameters().items():
+            parameter.data = trained[name]
 
     def save(self, directory: Path, **told: Any) -> list[Path]:
         """Write what has been learnt, in the form that others read; returns the files."""
+        files = self._save_weights(directory, **told)
+        return [*files, *save_tokens(directory, vectors_of(self._family.pipeline))] if self._tokens else files
+
+    def _save_weights(self, directory: Path, **told: Any) -> list[Path]:
+        """Without the tokens."""
         raise NotImplementedError
+
+    def _add_tokens(self) -> dict[str, LearnedTokens]:
+        """New words, by text encoder; CLIP's alone learn them."""
+        family, count = self._family, self._config.num_vectors
+        readers = family.trainable_encoders()
+        for name in readers.keys() - self.encoders.keys():
+            readers[name].requires_grad_(False)
+        for token, word in zip(self._config.modifier_token or [], self._config.initializer_token or [], strict=True):
+            add_token(family.pipeline, token, initial_vectors(family.pipeline, word, count, list(readers)))
+        found = {}
+        for name, encoder in readers.items():
+            found[name] = learned_tokens(encoder)
+            found[name].vectors.requires_grad_(True)
+        return found
 
 
 class SpectralShifts(Method):
     """SVDiff: shifts of singular values."""
 
-    def __init__(self, config: TrainConfig, family: Family) -> None:
-        super().__init__(config, family)
+    @override
+    def _prepare(self) -> None:
+        config, family = self._config, self._family
         store = FactorCache(config.svd_cache_dir)
         if config.shard_factors:  # so that layers can wait for their factors: no process may have room for all
             layers = select(family.denoiser, config.targets, one_dim=False)
@@ -92,10 +135,10 @@ class SpectralShifts(Method):
             text_encoder=tuple(self.encoders),
             lazy=config.shard_factors,
         )
-        self._matrices = [p for name, p in self.parameters().items() if "one_dim" not in name]
+        self._matrices = [part.bank.trained[0] for part in self.adapter.parts]
 
     @override
-    def param_groups(self, lr: float, lr_1d: float, lr_encoders: float) -> list[dict[str, Any]]:
+    def _weight_groups(self, lr: float, lr_1d: float, lr_encoders: float) -> list[dict[str, Any]]:
         return self.adapter.param_groups(lr, lr_1d, lr_text_encoder=lr_encoders)
 
     @override
@@ -105,17 +148,18 @@ class SpectralShifts(Method):
         return self._config.shift_penalty * sum(shifts.square().sum() for shifts in self._matrices)
 
     @override
-    def save(self, directory: Path, **told: Any) -> list[Path]:
+    def _save_weights(self, directory: Path, **told: Any) -> list[Path]:
         return self.adapter.save_weights(directory, None, **told)
 
 
 class Lora(Method):
     """A LoRA by PEFT, for comparison."""
 
-    def __init__(self, config: TrainConfig, family: Family) -> None:
+    @override
+    def _prepare(self) -> None:
         from peft import LoraConfig
 
-        super().__init__(config, family)
+        config, family = self._config, self._family
         for model in (family.denoiser, *family.text_encoders.values()):
             model.requires_grad_(False)
         paths = map(re.escape, select(family.denoiser, config.targets, one_dim=False))
@@ -126,13 +170,7 @@ class Lora(Method):
             encoder.add_adapter(LoraConfig(target_modules=_ENCODER_TARGETS, **how))
 
     @override
-    def cast(self, dtype: torch.dtype) -> None:
-        super().cast(dtype)
-        for parameter in self.parameters().values():
-            parameter.data = parameter.data.float()
-
-    @override
-    def save(self, directory: Path, **told: Any) -> list[Path]:
+    def _save_weights(self, directory: Path, **told: Any) -> list[Path]:
         from peft.utils import get_peft_model_state_dict
 
         role = "unet" if hasattr(self._family.pipeline, "unet") else "transformer"
@@ -145,11 +183,11 @@ class Lora(Method):
 class AllWeights(Method):
     """Full fine-tuning, for comparison."""
 
-    def __init__(self, config: TrainConfig, family: Family) -> None:
-        super().__init__(config, family)
-        for model in family.text_encoders.values():
+    @override
+    def _prepare(self) -> None:
+        for model in self._family.text_encoders.values():
             model.requires_grad_(False)
-        for model in self.models:
+        for model in (self._family.denoiser, *self.encoders.values()):
             model.requires_grad_(True)
 
     @override
@@ -157,9 +195,50 @@ class AllWeights(Method):
         """Nothing: autocast computes in that type, and what does not train is saved as it was."""
 
     @override
-    def save(self, directory: Path, **told: Any) -> list[Path]:
+    def _save_weights(self, directory: Path, **told: Any) -> list[Path]:
         self._family.pipeline.save_pretrained(directory / "pipeline")
         return sorted(path for path in (directory / "pipeline").rglob("*.safetensors"))
 
 
-METHODS: Mapping[str, type[Method]] = {"svdiff": SpectralShifts, "lora": Lora, "full": AllWeights}
+class CustomDiffusion(Method):
+    """Custom Diffusion (arXiv 2212.04488): keys and values of cross-attention, as weights of their own."""
+
+    @override
+    def _prepare(self) -> None:
+        family = self._family
+        for model in (family.denoiser, *family.text_encoders.values()):
+            model.requires_grad_(False)
+        self._layers = select(family.denoiser, "cross_attn_kv", one_dim=False)
+        self._base = {path: weight_of(layer).detach().clone() for path, layer in self._layers.items()}
+        for layer in self._layers.values():
+            weight_of(layer).requires_grad_(True)
+
+    @override
+    def _save_weights(self, directory: Path, **told: Any) -> list[Path]:
+        weights = {path: weight_of(layer).detach() for path, layer in self._layers.items()}
+        from safetensors.torch import save_file
+        directory.mkdir(exist_ok=True, parents=True)
+        save_file({k: v.contiguous() for k, v in weights.items()}, directory / "cd.safetensors")
+        return [directory / "cd.safetensors"]
+
+
+class TextualInversion(Method):
+    """Textual inversion (arXiv 2208.01618): nothing but new words."""
+
+    @override
+    def _prepare(self) -> None:
+        for model in (self._family.denoiser, *self._family.text_encoders.values()):
+            model.requires_grad_(False)
+
+    @override
+    def _save_weights(self, directory: Path, **told: Any) -> list[Path]:
+        return []
+
+
+METHODS: Mapping[str, type[Method]] = {
+    "svdiff": SpectralShifts,
+    "lora": Lora,
+    "full": AllWeights,
+    "custom_diffusion": CustomDiffusion,
+    "textual_inversion": TextualInversion,
+}

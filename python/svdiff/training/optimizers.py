@@ -33,7 +33,8 @@ def make_optimizer(config: TrainConfig, method: Method, *, samples_per_step: int
     if config.optimizer == "prodigy" and lr_1d != lr:
         lr_1d = 0.0  # it knows one rate, and none; the rate of norms is next to none by default
     lr_encoders = lr if lr_encoders is None else lr_encoders
-    groups = method.param_groups(lr * factor, lr_1d * factor, lr_encoders * factor)
+    lr_tokens = lr if config.learning_rate_tokens is None else config.learning_rate_tokens
+    groups = method.param_groups(lr * factor, lr_1d * factor, lr_encoders * factor, lr_tokens * factor)
     return _optimizer(config, groups, lr * factor, fused)
 
 

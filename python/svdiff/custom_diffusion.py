@@ -1,0 +1,1 @@
+FILE_NAME = "pytorch_custom_diffusion_weights.safetensors"
