@@ -125,11 +125,11 @@ PIPELINES: dict[str, Callable[[Path], Any]] = {
 """A pipeline of each family, in each of its variants, by a name."""
 
 
-def draw(pipeline: Any) -> np.ndarray:
+def draw(pipeline: Any, prompt: str = "a dog") -> np.ndarray:
     """A picture of ``[1, 16, 16, 3]``, always of the same noise."""
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     images = pipeline(
-        "a dog", height=16, width=16, num_inference_steps=2, guidance_scale=3.0, output_type="np", generator=generator
+        prompt, height=16, width=16, num_inference_steps=2, guidance_scale=3.0, output_type="np", generator=generator
     ).images
     return np.asarray(images)

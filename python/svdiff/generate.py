@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from torch import Tensor
+
 from svdiff_kernels import FactorCache, SVDiffError
 from svdiff_kernels.backends import outruns_plain_layers
 
@@ -23,6 +25,7 @@ from .pipelines import (
     set_scheduler,
 )
 from .sampling import grid, sample, save_picture, save_pictures, wanted_pictures
+from .tokens import add_token, read_tokens
 
 FUSED_FROM = 100_000
 """Latent pixels that the denoiser computes with one mix, from which it is faster to fuse it first.
@@ -45,6 +48,10 @@ class GenerateConfig:
         metadata={"help": "folders or files with trained shifts, also as name=path; without any the base model draws"},
     )
     spectral_shifts_scale: float = field(default=1.0, metadata={"help": "weight of the shifts, if no mix is given"})
+    learned_embeds: list[str] | None = field(
+        default=None,
+        metadata={"help": "folders or files with learned tokens; those beside the shifts need not be named"},
+    )
     mix: list[str] | None = field(
         default=None,
         metadata={
@@ -116,6 +123,8 @@ def generate(config: GenerateConfig) -> GenerateResult:
             raise SVDiffError(f"negative_prompt: a {type(pipeline).__name__} is guided without one")
         if config.scheduler_type is not None:
             set_scheduler(pipeline, config.scheduler_type)
+        for token, vectors in _learned(config).items():
+            add_token(pipeline, token, vectors)
         adapter = None
         if mixes:
             paths = named_paths(config.spectral_shifts_ckpt or [])
@@ -167,6 +176,7 @@ def check(config: GenerateConfig) -> list[dict[str, float]]:
     paths = named_paths(config.spectral_shifts_ckpt or [])
     for path in paths.values():
         checkpoint.read_all(path)  # a bad file need not wait for the model to load
+    _learned(config)
     if config.mix is None:
         if len(paths) > 1:
             raise SVDiffError(f"mix is missing: how much of {', '.join(paths)} is wanted?")
@@ -179,3 +189,16 @@ def check(config: GenerateConfig) -> list[dict[str, float]]:
         raise SVDiffError(f"mix: {len(config.mix)} for {len(config.prompt)} prompts; give one for all, or one for each")
     mixes = [parse_mix(text, paths) for text in config.mix]
     return mixes * len(config.prompt) if len(mixes) == 1 else mixes
+
+
+def _learned(config: GenerateConfig) -> dict[str, dict[str, Tensor]]:
+    """The learned tokens that are asked for, and those beside the shifts."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for path in config.learned_embeds or []:
+        own = read_tokens(path)
+        if not own:
+            raise SVDiffError(f"learned_embeds: there is no learned_embeds.safetensors in {path}")
+        found |= own
+    for path in map(Path, named_paths(config.spectral_shifts_ckpt or []).values()):
+        found = read_tokens(path.expanduser() if path.expanduser().is_dir() else path.expanduser().parent) | found
+    return found

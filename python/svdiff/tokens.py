@@ -134,7 +134,9 @@ def initial_vectors(pipeline: Any, word: str, count: int, encoders: Sequence[str
     for name in encoders:
         ids = tokenizer_of(pipeline, name)(word, add_special_tokens=False).input_ids
         if len(ids) not in (1, count) or not ids:
-            raise SVDiffError(f"initializer_token {word!r} is {len(ids)} tokens for {count} vectors: choose a word of one")
+            raise SVDiffError(
+                f"initializer_token {word!r} is {len(ids)} tokens for {count} vectors: choose a word of one"
+            )
         holder, table = _holder_of(text_encoders_of(pipeline)[name])
         known = getattr(holder, table)
         with torch.no_grad():

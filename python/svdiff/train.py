@@ -91,6 +91,9 @@ def train(config: TrainConfig) -> TrainResult:
     check(config)
     concepts = concepts_of(config)
     instances = [list(instance_pictures(config, concept)) for concept in concepts]
+    captions = {picture.caption for pictures in instances for picture in pictures}
+    if unused := [word for word in config.modifier_token or [] if not any(word in caption for caption in captions)]:
+        raise SVDiffError(f"modifier_token: {unused[0]} is in no caption, so that nothing would be learnt of it")
     with make_host(config) as host, _directory(config, host) as directory:
         checkpoint = _checkpoint(config, directory)
         rehearse(config, host.device)

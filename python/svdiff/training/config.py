@@ -290,11 +290,15 @@ def _check_tokens(config: TrainConfig) -> None:
         if config.targets not in ("all", "cross_attn_kv"):
             raise SVDiffError(f"targets {config.targets}: method custom_diffusion trains cross_attn_kv, and no others")
         if config.train_text_encoder:
-            raise SVDiffError("train_text_encoder: method custom_diffusion leaves it as it is, but for a modifier_token")
+            raise SVDiffError(
+                "train_text_encoder: method custom_diffusion leaves it as it is, but for a modifier_token"
+            )
     if config.method == "full" and tokens:
         raise SVDiffError("modifier_token and method full exclude each other: of all weights, a rare word will do")
     if len(words) != len(tokens):
-        raise SVDiffError(f"initializer_token: {len(words)} words for {len(tokens)} of modifier_token; give one for each")
+        raise SVDiffError(
+            f"initializer_token: {len(words)} words for {len(tokens)} of modifier_token; give one for each"
+        )
     if not tokens and (config.num_vectors != 1 or config.learning_rate_tokens is not None):
         raise SVDiffError("num_vectors and learning_rate_tokens are of a modifier_token")
     for token in tokens:

@@ -10,6 +10,7 @@ from svdiff_kernels import SVDiffError
 from .. import custom_diffusion
 from .config import TrainConfig, default_hub_id
 
+
 class _Kind(NamedTuple):
     """What a method's files are called, and how they are loaded into a pipeline of diffusers."""
 

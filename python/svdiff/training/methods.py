@@ -217,6 +217,7 @@ class CustomDiffusion(Method):
     def _save_weights(self, directory: Path, **told: Any) -> list[Path]:
         weights = {path: weight_of(layer).detach() for path, layer in self._layers.items()}
         from safetensors.torch import save_file
+
         directory.mkdir(exist_ok=True, parents=True)
         save_file({k: v.contiguous() for k, v in weights.items()}, directory / "cd.safetensors")
         return [directory / "cd.safetensors"]
