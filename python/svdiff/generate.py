@@ -199,6 +199,7 @@ def _learned(config: GenerateConfig) -> dict[str, dict[str, Tensor]]:
         if not own:
             raise SVDiffError(f"learned_embeds: there is no learned_embeds.safetensors in {path}")
         found |= own
-    for path in map(Path, named_paths(config.spectral_shifts_ckpt or []).values()):
-        found = read_tokens(path.expanduser() if path.expanduser().is_dir() else path.expanduser().parent) | found
+    for shifts in named_paths(config.spectral_shifts_ckpt or []).values():
+        folder = Path(shifts).expanduser()
+        found = read_tokens(folder if folder.is_dir() else folder.parent) | found
     return found

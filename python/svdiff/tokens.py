@@ -1,7 +1,7 @@
 """Learned tokens: new words whose embeddings were trained, by textual inversion (arXiv 2208.01618) or beside weights.
 
-They are not rows of the text encoder's table, whose decomposition and content hash must not change: a hook on the module
-that holds the table puts them where their ids are. So they live with spectral shifts, in any order.
+They are not rows of the text encoder's table, whose decomposition and content hash must not change: a hook on the
+module that holds the table puts them where their ids are. So they live with spectral shifts, in any order.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class LearnedTokens(nn.Module):
         super().__init__()
         holder, self._table = _holder_of(encoder)
         table = getattr(holder, self._table).weight
-        width = encoder.config.hidden_size  # type: ignore[union-attr]
+        width = _width(encoder)
         self.vectors = nn.Parameter(table.new_empty(0, width), requires_grad=False)
         self.spans: dict[str, slice] = {}
         self._first = first
@@ -100,7 +100,7 @@ def add_token(pipeline: Any, token: str, vectors: Vectors) -> None:
     for name, own in vectors.items():
         if name not in encoders:
             raise SVDiffError(f"{token} is for a {name}, which a {type(pipeline).__name__} does not have")
-        width = int(encoders[name].config.hidden_size)  # type: ignore[union-attr]
+        width = _width(encoders[name])
         if own.ndim != 2 or not len(own) or own.shape[1] != width:
             raise SVDiffError(f"{token} has vectors {list(own.shape)}, but the {name}'s are {width} wide: another base")
         if len(own) > 1 and not hasattr(pipeline, "maybe_convert_prompt"):
@@ -250,9 +250,13 @@ def _parts(token: str, count: int) -> list[str]:
     return [token, *(f"{token}_{i}" for i in range(1, count))]
 
 
-def _holder_of(encoder: nn.Module) -> tuple[nn.Module, str]:
+def _width(encoder: Any) -> int:
+    return int(encoder.config.hidden_size)
+
+
+def _holder_of(encoder: Any) -> tuple[nn.Module, str]:
     """The module that holds the table of input embeddings, and what it calls it."""
-    table = encoder.get_input_embeddings()  # type: ignore[operator]
+    table = encoder.get_input_embeddings()
     for module in encoder.modules():
         for name, child in module.named_children():
             if child is table:
@@ -264,4 +268,4 @@ def _see_the_end(encoder: nn.Module, tokenizer: Any) -> None:
     """Old CLIPs take the largest id for the end of the text, which it is until there are new words."""
     for module in encoder.modules():
         if getattr(module, "eos_token_id", None) == 2:
-            module.eos_token_id = tokenizer.eos_token_id  # type: ignore[assignment]
+            module.eos_token_id = tokenizer.eos_token_id

@@ -171,8 +171,8 @@ repeats checkpointing_steps num_train_epochs checkpoints_total_limit resolution 
 num_vectors
 """.split()  # noqa: SIM905
 _NOT_NEGATIVE = """
-learning_rate learning_rate_1d learning_rate_tokens text_encoder_lr prior_loss_weight adam_weight_decay max_grad_norm shift_penalty
-unmix_loss_weight noise_offset snr_gamma lr_warmup_steps lr_power adam_epsilon logit_std
+learning_rate learning_rate_1d learning_rate_tokens text_encoder_lr prior_loss_weight adam_weight_decay max_grad_norm
+shift_penalty unmix_loss_weight noise_offset snr_gamma lr_warmup_steps lr_power adam_epsilon logit_std
 """.split()  # noqa: SIM905
 
 

@@ -45,7 +45,7 @@ class Method:
         raise NotImplementedError
 
     @property
-    def readers(self) -> dict[str, nn.Module]:
+    def readers(self) -> dict[str, Any]:
         """The text encoders, by name, whose answers change: something trains in them."""
         return self.encoders or {name: self._family.text_encoders[name] for name in self._tokens}
 
@@ -108,10 +108,9 @@ class Method:
             readers[name].requires_grad_(False)
         for token, word in zip(self._config.modifier_token or [], self._config.initializer_token or [], strict=True):
             add_token(family.pipeline, token, initial_vectors(family.pipeline, word, count, list(readers)))
-        found = {}
-        for name, encoder in readers.items():
-            found[name] = learned_tokens(encoder)
-            found[name].vectors.requires_grad_(True)
+        found = {name: learned for name, encoder in readers.items() if (learned := learned_tokens(encoder))}
+        for learned in found.values():
+            learned.vectors.requires_grad_(True)
         return found
 
 
