@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .export import ExportConfig, ExportResult, export
     from .extract import ExtractConfig, ExtractResult, extract
     from .generate import GenerateConfig, GenerateResult, generate
+    from .stylize import StylizeConfig, StylizeResult, stylize
     from .tokens import load_tokens, save_tokens
     from .train import TrainConfig, TrainResult, train
 
@@ -37,6 +38,8 @@ __all__ = [
     "ExtractResult",
     "GenerateConfig",
     "GenerateResult",
+    "StylizeConfig",
+    "StylizeResult",
     "TrainConfig",
     "TrainResult",
     "attach",
@@ -48,6 +51,7 @@ __all__ = [
     "load",
     "load_tokens",
     "save_tokens",
+    "stylize",
     "train",
 ]
 
@@ -60,6 +64,7 @@ _HOMES = {
     **dict.fromkeys(("ExportConfig", "ExportResult", "export"), "export"),
     **dict.fromkeys(("ExtractConfig", "ExtractResult", "extract"), "extract"),
     **dict.fromkeys(("GenerateConfig", "GenerateResult", "generate"), "generate"),
+    **dict.fromkeys(("StylizeConfig", "StylizeResult", "stylize"), "stylize"),
     **dict.fromkeys(("load_tokens", "save_tokens"), "tokens"),
     **dict.fromkeys(("TrainConfig", "TrainResult", "train"), "train"),
 }

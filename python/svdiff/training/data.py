@@ -159,6 +159,12 @@ class Cut:
     corner: Size
 
 
+def centre_of(image: Image.Image, side: int) -> Image.Image:
+    """The square in the middle of a picture."""
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
 def leaves_no_choice(image: Image.Image, size: Size) -> bool:
     """Whether the picture, scaled to cover `size`, has just that size."""
     return _covering_size(image, size) == size
