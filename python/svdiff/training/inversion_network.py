@@ -1,7 +1,7 @@
 """InST's inversion: a network that reads a new word's embedding off pictures (arXiv 2211.13203).
 
-Textual inversion trains the embedding itself. Here what trains is a network: the word's first embeddings look at what a
-frozen CLIP sees in the pictures, by cross-attention in several layers, and what they become is what the word stands for.
+Textual inversion trains the embedding itself. Here a network trains: the word's first embeddings look at what a
+frozen CLIP sees in the pictures, by layers of cross-attention, and what they become is what the word stands for.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def save_network(
 
 
 def load_network(path: str | os.PathLike[str]) -> tuple[dict[str, InversionNetwork], dict[str, Tensor]]:
-    """The networks of a file, or of the one in a folder, ready to be asked, and what they start from: see `save_network`.
+    """The networks of a file, or of the one in a folder, ready to be asked, and what they start from.
 
     Raises:
         SVDiffError: there is no such file, or it holds no networks.
