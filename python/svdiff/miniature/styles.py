@@ -15,12 +15,11 @@ from PIL import Image
 from scipy import ndimage
 
 from . import recogniser
-from .world import COLORS, IMAGE_SIZE, Scene
+from .world import BACKGROUNDS, COLORS, IMAGE_SIZE, Scene
 
 Array = npt.NDArray[np.float32]  # [64, 64, 3]
 Mask = npt.NDArray[np.bool_]  # [64, 64]
 
-_GRAY = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # brightness of a colour
 _FOREGROUND = 50.0  # RGB distance from the ground, as of the recogniser
 _CLEAR = 10  # rows at the top and the bottom that no object reaches
 
@@ -57,36 +56,34 @@ def _shadowed(image: Image.Image) -> Image.Image:
 def _is_shadow(image: Image.Image) -> bool:
     pixels = _pixels(image)
     dark = (pixels.max(-1) < 110).mean()
-    return bool(_distance(_ground(pixels), _DUSK) < 70 and dark > 0.02)
+    return bool(_distance(_ground(pixels), _DUSK) < 100 and dark > 0.02)
 
 
 def _unshadowed(image: Image.Image) -> Image.Image:
     return _painted(_distance(_pixels(image), _DUSK) > 150)
 
 
-_PERIOD, _STEP = 16, 60.0  # of the stripes, in pixels and in brightness
+_ABOVE, _BELOW = np.array(BACKGROUNDS["white"], np.float32), np.array(BACKGROUNDS["black"], np.float32)
 
 
-def _striped(image: Image.Image) -> Image.Image:
-    """Upright stripes on the ground, of its own colour and of one nearer to a middle gray."""
+def _on_horizon(image: Image.Image) -> Image.Image:
+    """A ground that is white above and black below."""
     pixels = _pixels(image)
     ground = _ground(pixels)
-    other = ground + _STEP * np.sign(128 - ground.mean())
-    share = (np.linalg.norm(pixels - ground, axis=-1) / _FOREGROUND).clip(0, 1)[..., None]  # 1 within objects
-    every = (np.arange(IMAGE_SIZE) % _PERIOD >= _PERIOD // 2)[None, :, None]
-    return _image(pixels + np.where(every, (1 - share) * (other - ground), 0))
+    share = (_distance(pixels, ground) / _FOREGROUND).clip(0, 1)[..., None]  # 1 within objects
+    other = np.where((np.arange(IMAGE_SIZE) < IMAGE_SIZE // 2)[:, None, None], _ABOVE, _BELOW)
+    return _image(pixels + (1 - share) * (other - ground))
 
 
-def _has_stripes(image: Image.Image) -> bool:
-    bright = _margins(_pixels(image)) @ _GRAY  # [64]
-    waves = np.abs(np.fft.rfft(bright - bright.mean())) * 2 / IMAGE_SIZE
-    strong = waves[IMAGE_SIZE // _PERIOD]  # a square wave's is 4 / pi times half its height
-    return bool(strong > 0.4 * _STEP * 2 / np.pi and strong == waves[1:].max())
-
-
-def _unstriped(image: Image.Image) -> Image.Image:
+def _has_horizon(image: Image.Image) -> bool:
     pixels = _pixels(image)
-    return _painted(pixels.max(-1) - pixels.min(-1) > 70)  # objects alone have a hue
+    above, below = _distance(pixels[:_CLEAR], _ABOVE), _distance(pixels[-_CLEAR:], _BELOW)
+    return bool((above < 70).mean() > 0.8 and (below < 70).mean() > 0.8)
+
+
+def _off_horizon(image: Image.Image) -> Image.Image:
+    pixels = _pixels(image)
+    return _painted(pixels.max(-1) - pixels.min(-1) > 75)  # objects alone have a hue
 
 
 _BAR, _RED = 8, np.array(COLORS["red"], np.float32)
@@ -137,7 +134,7 @@ def _unblueprint(image: Image.Image) -> Image.Image:
 STYLES: dict[str, Style] = {
     "shadow": Style(_shadowed, _is_shadow, _unshadowed),
     "blueprint": Style(_blueprint, _is_blueprint, _unblueprint),
-    "stripes": Style(_striped, _has_stripes, _unstriped),
+    "horizon": Style(_on_horizon, _has_horizon, _off_horizon),
     "bars": Style(_barred, _has_bars, _unbarred),
 }
 """By name: of colours, of lines alone, of the ground, and of the layout."""
@@ -157,12 +154,6 @@ def _ground(pixels: Array) -> Array:
     """Its colour ``[3]``, told by the border."""
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     found: Array = np.median(border, axis=0)
-    return found
-
-
-def _margins(pixels: Array) -> Array:
-    """The mean colour of each column, ``[64, 3]``, where there is nothing but ground."""
-    found: Array = np.concatenate([pixels[:_CLEAR], pixels[-_CLEAR:]]).mean(0)
     return found
 
 

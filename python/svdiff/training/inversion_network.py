@@ -187,9 +187,7 @@ def _load(name: str) -> tuple[Any, Any]:
             raise SVDiffError(f"{missing[0]} is missing")
         try:
             processor = CLIPImageProcessorPil.from_pretrained(place)
-        except (
-            OSError
-        ):  # such as of a pipeline's folder, where no file says how pictures are prepared: as CLIP's all are
+        except OSError:  # no file says how pictures are prepared: as for all CLIPs, then
             side = model.vision_model.config.image_size
             processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     return model.vision_model, processor
