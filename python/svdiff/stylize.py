@@ -5,6 +5,7 @@ Image-to-image: a picture is noised in part and drawn again, by a prompt with th
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -32,8 +33,8 @@ from .progress import progress_options
 from .sampling import WantedPicture, grid, save_picture, save_pictures, slug
 from .stochastic_inversion import inverting_stochastically
 from .termination import exit_if_told
-from .tokens import add_token, read_tokens
-from .training.data import Picture, centre_of, find_pictures, load_picture
+from .tokens import add_token, read_tokens, tokenizer_of
+from .training.data import Picture, centre_of, find_picture, find_pictures, load_picture
 
 _CAPTION = "{caption}"
 
@@ -123,6 +124,7 @@ def stylize(config: StylizeConfig) -> StylizeResult:
             set_scheduler(pipeline, config.scheduler_type)
         for token, vectors in _learned(config).items():
             add_token(pipeline, token, vectors)
+            _check_room(pipeline, token, list(vectors), [picture.caption for picture in contents])
         if config.spectral_shifts_ckpt is not None:
             adapter = load(pipeline, config.spectral_shifts_ckpt, cache=FactorCache(config.svd_cache_dir))
             adapter.set_adapters("default", config.spectral_shifts_scale)
@@ -183,6 +185,8 @@ def stylized(
     drawing = AutoPipelineForImage2Image.from_pipe(pipeline)
     drawing.set_progress_bar_config(desc="Drawing", leave=False, **progress_options())
     size = images[0].height, images[0].width
+    if "height" in inspect.signature(drawing.__call__).parameters:  # SD3 and FLUX would take the model's own
+        how |= {"height": size[0], "width": size[1]}
     inverting = inverting_stochastically(pipeline, prompts, size) if stochastic_inversion else nullcontext()
     with inverting, decoding_in_its_own_precision(pipeline.vae):
         found: list[Image.Image] = drawing(
@@ -211,7 +215,7 @@ def check(config: StylizeConfig) -> list[Picture]:
         checkpoint.read_all(config.spectral_shifts_ckpt)  # a bad file need not wait for the model to load
     tokens = list(_learned(config))
     if config.prompt is None and len(tokens) != 1:
-        raise SVDiffError(f"prompt is missing: there is no learned token for one, but {len(tokens)}")
+        raise SVDiffError(f"prompt is missing: one is made of one learned token, and there are {len(tokens)}")
     found = [picture for path in config.image for picture in _pictures(Path(path).expanduser())]
     if not found:
         raise SVDiffError("image is missing: which pictures shall be drawn in the style?")
@@ -222,15 +226,7 @@ def check(config: StylizeConfig) -> list[Picture]:
 
 def _pictures(path: Path) -> list[Picture]:
     """A file, or all of a folder, with captions where there are any, else `_CAPTION`."""
-    if path.is_dir():
-        return find_pictures(path, _CAPTION)
-    if not path.is_file():
-        raise SVDiffError(f"image: there is no picture or folder {path}")
-    try:
-        beside = find_pictures(path.parent, _CAPTION)
-    except SVDiffError:  # of other files there
-        beside = []
-    return [picture for picture in beside if picture.path.name == path.name] or [Picture(path, _CAPTION)]
+    return find_pictures(path, _CAPTION) if path.is_dir() else [find_picture(path, _CAPTION)]
 
 
 def _prompt(template: str | None, picture: Picture, tokens: Sequence[str]) -> str:
@@ -254,6 +250,15 @@ def _learned(config: StylizeConfig) -> dict[str, dict[str, torch.Tensor]]:
             raise SVDiffError(f"learned_embeds: there is no learned_embeds.safetensors in {config.learned_embeds}")
         found |= own
     return found
+
+
+def _check_room(pipeline: Any, token: str, encoders: Sequence[str], prompts: Sequence[str]) -> None:
+    """Refuse prompts that are so long that the style would be cut off."""
+    for tokenizer in (tokenizer_of(pipeline, encoder) for encoder in encoders):
+        own = tokenizer.convert_tokens_to_ids(token)
+        for prompt in prompts:
+            if token in prompt and own not in tokenizer(prompt, truncation=True).input_ids:
+                raise SVDiffError(f"the prompt {prompt!r} is too long: {token} would be cut off; give a shorter one")
 
 
 def _drawn(

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import svdiff
+import torch
+from PIL import Image
 from tiny_peft import tiny_llama
 from tiny_pipelines import PIPELINES
 
@@ -36,6 +38,13 @@ def for_inference(pipeline: Any, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     return {"svdiff": svdiff, "pipe": pipeline, **prompts}
 
 
+def for_stylize(pipeline: Any, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    shifts(pipeline, "my-style")
+    svdiff.save_tokens("my-style", {"<style>": {"text_encoder": torch.ones(1, 12)}})
+    Image.new("RGB", (16, 16), "red").save("photo.png")
+    return {"pipe": pipeline}
+
+
 def for_compat(pipeline: Any, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     return {}
 
@@ -47,6 +56,7 @@ def for_peft(pipeline: Any, patch: pytest.MonkeyPatch) -> dict[str, Any]:
 GIVEN: dict[str, Callable[[Any, pytest.MonkeyPatch], dict[str, Any]]] = {
     "README.md": for_readme,
     "docs/inference.md": for_inference,
+    "docs/stylize.md": for_stylize,
     "docs/compat.md": for_compat,
     "docs/peft.md": for_peft,
 }

@@ -15,13 +15,12 @@ from PIL import Image
 from scipy import ndimage
 
 from . import recogniser
-from .world import BACKGROUNDS, COLORS, IMAGE_SIZE, Scene
+from .world import COLORS, IMAGE_SIZE, Scene
 
 Array = npt.NDArray[np.float32]  # [64, 64, 3]
 Mask = npt.NDArray[np.bool_]  # [64, 64]
 
 _FOREGROUND = 50.0  # RGB distance from the ground, as of the recogniser
-_CLEAR = 10  # rows at the top and the bottom that no object reaches
 
 
 @dataclass(frozen=True)
@@ -61,29 +60,6 @@ def _is_shadow(image: Image.Image) -> bool:
 
 def _unshadowed(image: Image.Image) -> Image.Image:
     return _painted(_distance(_pixels(image), _DUSK) > 150)
-
-
-_ABOVE, _BELOW = np.array(BACKGROUNDS["white"], np.float32), np.array(BACKGROUNDS["black"], np.float32)
-
-
-def _on_horizon(image: Image.Image) -> Image.Image:
-    """A ground that is white above and black below."""
-    pixels = _pixels(image)
-    ground = _ground(pixels)
-    share = (_distance(pixels, ground) / _FOREGROUND).clip(0, 1)[..., None]  # 1 within objects
-    other = np.where((np.arange(IMAGE_SIZE) < IMAGE_SIZE // 2)[:, None, None], _ABOVE, _BELOW)
-    return _image(pixels + (1 - share) * (other - ground))
-
-
-def _has_horizon(image: Image.Image) -> bool:
-    pixels = _pixels(image)
-    above, below = _distance(pixels[:_CLEAR], _ABOVE), _distance(pixels[-_CLEAR:], _BELOW)
-    return bool((above < 70).mean() > 0.8 and (below < 70).mean() > 0.8)
-
-
-def _off_horizon(image: Image.Image) -> Image.Image:
-    pixels = _pixels(image)
-    return _painted(pixels.max(-1) - pixels.min(-1) > 75)  # objects alone have a hue
 
 
 _BAR, _RED = 8, np.array(COLORS["red"], np.float32)
@@ -131,10 +107,28 @@ def _unblueprint(image: Image.Image) -> Image.Image:
     return _painted(_distance(_pixels(image), _PAPER) > 110)
 
 
+_WINE = np.array([110, 16, 30], np.float32)
+
+
+def _on_wine(image: Image.Image) -> Image.Image:
+    """Objects as they are, before a dark red."""
+    pixels = _pixels(image)
+    kept = _distance(pixels, _ground(pixels)) > 90  # but for rims that are mostly ground
+    return _image(np.where(kept[..., None], pixels, _WINE))
+
+
+def _is_wine(image: Image.Image) -> bool:
+    return bool(_distance(_ground(_pixels(image)), _WINE) < 50)
+
+
+def _off_wine(image: Image.Image) -> Image.Image:
+    return _painted(_distance(_pixels(image), _WINE) > 70)
+
+
 STYLES: dict[str, Style] = {
     "shadow": Style(_shadowed, _is_shadow, _unshadowed),
     "blueprint": Style(_blueprint, _is_blueprint, _unblueprint),
-    "horizon": Style(_on_horizon, _has_horizon, _off_horizon),
+    "wine": Style(_on_wine, _is_wine, _off_wine),
     "bars": Style(_barred, _has_bars, _unbarred),
 }
 """By name: of colours, of lines alone, of the ground, and of the layout."""

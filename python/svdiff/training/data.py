@@ -58,15 +58,28 @@ def find_pictures(directory: str | Path, prompt: str | None = None) -> list[Pict
     if not paths:
         raise SVDiffError(f"no pictures in {directory}: put .png or .jpg files there")
     metadata = _read_metadata(directory)
-    pictures = []
-    for path in paths:
-        beside = path.with_suffix(".txt")
-        told = metadata.get(path.name, {})
-        caption = told.get("text") or (_read_text(beside) if beside.is_file() else None) or prompt
-        if not caption or not caption.strip():
-            raise SVDiffError(f"{path} has no caption: give a prompt, or write a caption into {beside.name}")
-        pictures.append(Picture(path, caption.strip(), phrase=told.get("phrase")))
-    return pictures
+    return [_captioned(path, metadata, prompt) for path in paths]
+
+
+def find_picture(path: str | Path, prompt: str | None = None) -> Picture:
+    """One picture, with its caption, as `find_pictures` finds it.
+
+    Raises:
+        SVDiffError: there is no such file, or it has no caption.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise SVDiffError(f"there is no picture {path}")
+    return _captioned(path, _read_metadata(path.parent), prompt)
+
+
+def _captioned(path: Path, metadata: dict[str, dict[str, str]], prompt: str | None) -> Picture:
+    beside = path.with_suffix(".txt")
+    told = metadata.get(path.name, {})
+    caption = told.get("text") or (_read_text(beside) if beside.is_file() else None) or prompt
+    if not caption or not caption.strip():
+        raise SVDiffError(f"{path} has no caption: give a prompt, or write a caption into {beside.name}")
+    return Picture(path, caption.strip(), phrase=told.get("phrase"))
 
 
 def dataset_pictures(
