@@ -67,6 +67,7 @@ def test_what_stands_where_is_read_in_spite_of_it(name: str) -> None:
     style = STYLES[name]
     styled = [style.apply(image) for image in renderings()]
     assert share([style.keeps(image, scene) for image, scene in zip(styled, scenes(), strict=True)]) >= 0.98
+    assert all(style.places(image, scene) for image, scene in zip(styled, scenes(), strict=True))
     others = scenes()[1:] + scenes()[:1]
     wrong = [style.keeps(image, scene) for image, scene in zip(styled, others, strict=True)]
     same = [_shapes(a) == _shapes(b) for a, b in zip(scenes(), others, strict=True)]

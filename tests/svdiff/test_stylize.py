@@ -14,14 +14,15 @@ import pytest
 import svdiff
 import torch
 from PIL import Image, ImageOps
-from svdiff import StylizeConfig, stylize
+from svdiff import StylizeConfig, TrainConfig, stylize, train
 from svdiff.miniature import load_pipeline as load_miniature
 from svdiff.miniature import world
+from svdiff.miniature.styles import STYLES
 from svdiff.pipelines import SCHEDULERS, load_pipeline, set_scheduler
 from svdiff.stochastic_inversion import inverting_stochastically, predicted_noise
 from svdiff.stylize import check, stylized
 from svdiff.tokens import save_tokens
-from tiny import RESOLUTION
+from tiny import RESOLUTION, tiny_clip
 
 from svdiff_kernels import SVDiffError
 
@@ -256,6 +257,43 @@ def test_prompts_of_a_run(config: StylizeConfig, contents: Path, run: Path) -> N
     save_tokens(run, {"<other>": {"text_encoder": torch.ones(1, 12)}, "<ink>": {"text_encoder": torch.ones(1, 12)}})
     with pytest.raises(SVDiffError, match="prompt is missing"):
         check(replace(config, image=[str(contents / "a.png")]))
+
+
+def test_a_style_of_the_miniature_end_to_end(tmp_path: Path) -> None:
+    """SVD-InST: what is learnt of filtered scenes is put on plain ones, and what stands where stays."""
+    style, rng = STYLES["bars"], random.Random(0)
+    learnt, plain = [world.sample_scene(rng, 1) for _ in range(16)], [world.sample_scene(rng, 1) for _ in range(12)]
+    for folder in ("learnt", "plain", "clip"):
+        (tmp_path / folder).mkdir()
+    tiny_clip().save_pretrained(tmp_path / "clip")
+    for i, scene in enumerate(learnt):
+        style.apply(world.render(scene, rng)).save(tmp_path / "learnt" / f"{i:02d}.png")
+        (tmp_path / "learnt" / f"{i:02d}.txt").write_text(f"{_objects(scene)}, in the style of <style>")
+    for i, scene in enumerate(plain):
+        world.render(scene, rng).save(tmp_path / "plain" / f"{i:02d}.png")
+        (tmp_path / "plain" / f"{i:02d}.txt").write_text(_objects(scene))
+    train(
+        TrainConfig(
+            "miniature", str(tmp_path / "learnt"), output_dir=str(tmp_path / "run"), max_train_steps=60,
+            learning_rate=1e-2, learning_rate_1d=1e-2, learning_rate_tokens=1e-3, train_batch_size=6, report_to="none",
+            modifier_token=["<style>"], initializer_token=["style"], image_encoder=str(tmp_path / "clip"),
+        )
+    )  # fmt: skip
+    config = StylizeConfig(
+        "miniature", [str(tmp_path / "plain")], str(tmp_path / "out"), spectral_shifts_ckpt=str(tmp_path / "run"),
+        guidance_scale=2.5, scheduler_type="dpm++", num_inference_steps=15, batch_size=12,
+    )  # fmt: skip
+    drawn = [Image.open(path) for path in stylize(config).pictures]
+    pairs = list(zip(drawn, plain, strict=True))
+    assert sum(style.shows(image) for image in drawn) >= 0.7 * len(drawn)
+    assert sum(style.places(image, scene) for image, scene in pairs) >= 0.7 * len(drawn)
+    base = replace(config, spectral_shifts_scale=0.0, output_dir=f"{config.output_dir}-base")
+    assert not any(style.shows(Image.open(path)) for path in stylize(base).pictures)
+
+
+def _objects(scene: world.Scene) -> str:
+    """What a caption says of objects, and nothing of what is behind them."""
+    return world.caption(scene).partition(",")[0]
 
 
 @pytest.mark.parametrize(

@@ -39,9 +39,13 @@ class Style:
 
     def keeps(self, image: Image.Image, scene: Scene) -> bool:
         """Whether a picture in this style shows the shapes of `scene` where they were, and nothing else."""
-        reading = recogniser.read(self.undo(image))
-        seen = sorted((one.item.position, one.item.shape) for one in reading.seen)
-        return seen == sorted((item.position, item.shape) for item in scene.items)
+        seen = [(one.item.position, one.item.shape) for one in recogniser.read(self.undo(image)).seen]
+        return sorted(seen) == sorted((item.position, item.shape) for item in scene.items)
+
+    def places(self, image: Image.Image, scene: Scene) -> bool:
+        """Likewise, whatever the shapes."""
+        seen = [one.item.position for one in recogniser.read(self.undo(image)).seen]
+        return sorted(seen) == sorted(item.position for item in scene.items)
 
 
 _DUSK, _SHADE = np.array(COLORS["yellow"], np.float32), np.array([20, 20, 20], np.float32)
@@ -107,31 +111,12 @@ def _unblueprint(image: Image.Image) -> Image.Image:
     return _painted(_distance(_pixels(image), _PAPER) > 110)
 
 
-_WINE = np.array([110, 16, 30], np.float32)
-
-
-def _on_wine(image: Image.Image) -> Image.Image:
-    """Objects as they are, before a dark red."""
-    pixels = _pixels(image)
-    kept = _distance(pixels, _ground(pixels)) > 90  # but for rims that are mostly ground
-    return _image(np.where(kept[..., None], pixels, _WINE))
-
-
-def _is_wine(image: Image.Image) -> bool:
-    return bool(_distance(_ground(_pixels(image)), _WINE) < 50)
-
-
-def _off_wine(image: Image.Image) -> Image.Image:
-    return _painted(_distance(_pixels(image), _WINE) > 70)
-
-
 STYLES: dict[str, Style] = {
     "shadow": Style(_shadowed, _is_shadow, _unshadowed),
     "blueprint": Style(_blueprint, _is_blueprint, _unblueprint),
-    "wine": Style(_on_wine, _is_wine, _off_wine),
     "bars": Style(_barred, _has_bars, _unbarred),
 }
-"""By name: of colours, of lines alone, of the ground, and of the layout."""
+"""By name: of colours, of lines alone, and of the layout."""
 
 
 def _pixels(image: Image.Image) -> Array:
