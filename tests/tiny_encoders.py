@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,6 +24,7 @@ _LPIPS = {
         "slice5.28": (512, 512, 3, 3),
     },
 }  # fmt: skip
+_SIDES = {"height": 24, "width": 24}
 _TAPPED = {"alex": (64, 192, 384, 256, 256), "vgg": (64, 128, 256, 512, 512)}
 
 
@@ -60,7 +62,6 @@ def pattern(size: int, seed: int) -> np.ndarray:
 def save_tiny_clip(folder: Path) -> Path:
     """A CLIPModel with random weights, its tokenizer and image processor."""
     from transformers import CLIPConfig, CLIPModel
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     folder.mkdir(exist_ok=True)
     tokenizer = tiny_tokenizer(folder)
@@ -84,23 +85,21 @@ def save_tiny_clip(folder: Path) -> Path:
     }
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=10)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    sides = {"height": 24, "width": 24}
-    CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size=sides).save_pretrained(folder)
+    processor = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 24}, "crop_size": _SIDES}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return folder
 
 
 def save_tiny_dino(folder: Path, version: int) -> Path:
     """DINO (a ViT) or DINOv2 with random weights, with its image processor."""
     from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
-    from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
-    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
     shape = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 24, "patch_size": 8}
-    sides = {"height": 24, "width": 24}
     if version == 1:
         ViTModel(ViTConfig(**shape, intermediate_size=20), add_pooling_layer=False).save_pretrained(folder)
-        ViTImageProcessorPil(size=sides).save_pretrained(folder)
+        processor = {"image_processor_type": "ViTImageProcessor", "size": _SIDES}
     else:
         Dinov2Model(Dinov2Config(**shape)).save_pretrained(folder)
-        BitImageProcessorPil(size={"shortest_edge": 26}, crop_size=sides).save_pretrained(folder)
+        processor = {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 26}, "crop_size": _SIDES}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return folder

@@ -207,7 +207,7 @@ def clip_of(config: EvaluateConfig) -> str | None:
 
 def _given(config: EvaluateConfig) -> tuple[list[Entry], list[Judged]]:
     """The entries of folders that there are, and the base model's class pictures."""
-    pictures, classes = named_paths(config.pictures or []), named_paths(config.class_pictures or [])
+    pictures, classes = (named_paths(given or [], "folder") for given in (config.pictures, config.class_pictures))
     if len(pictures) == len(classes) == 1:
         classes = dict(zip(pictures, classes.values(), strict=True))  # no name is needed to tell whose they are
     if classes and classes.keys() != pictures.keys():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import svdiff.miniature
 import torch
 from svdiff.evaluation import image_alignment, load_clip, load_miniature_encoder
-from svdiff.miniature import recogniser, world
+from svdiff.miniature import pretrain_encoder, recogniser, world
 from svdiff.miniature.claims import of_reading, of_scene, said, true
 from svdiff.miniature.encoder import load_encoder, pixel_values, retrieval
 from svdiff.miniature.pretrain_encoder import caption, contrast, said_of
@@ -70,6 +71,17 @@ def test_scenes_and_captions_of_training() -> None:
     words = {word for text in captions for word in text.replace(",", "").split()}
     assert not words & set(world.SUBJECTS)
     assert not {item.shape for scene in scenes for item in scene.items} & set(world.SUBJECTS)
+
+
+def test_pretraining_ends_in_a_folder_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ["--output_dir", str(tmp_path / "clip"), "--steps", "2", "--batch_size", "6", "--checkpoint_every", "1"]
+    monkeypatch.setattr(sys, "argv", ["pretrain_encoder", *flags])
+    pretrain_encoder.main()
+    encoder = load_clip(str(tmp_path / "clip"))
+    (image,) = encoder.images([world.render(world.Scene((world.Item("star", "red", "left"),)))])
+    assert image.shape == (64,)
+    shipped = {file.name for file in WEIGHTS.iterdir()}
+    assert {file.name for file in (tmp_path / "clip").iterdir() if file.is_file()} == shipped
 
 
 def test_claims() -> None:

@@ -18,6 +18,7 @@ from ..pipelines import loading
 from ..termination import exit_if_told
 from .inception import InceptionV3, load_inception_weights
 from .pictures import Judged, open_picture
+from .preparation import image_processor
 
 MINIATURE = "miniature"
 """Where a CLIP model is asked for, the miniature's own encoder."""
@@ -79,8 +80,8 @@ def load_clip(name_or_path: str, device: torch.device | str = "cpu") -> Encoder:
     _check_type(place, name_or_path, ("clip",), "--clip takes a CLIPModel")
     with _loading(name_or_path):
         model = CLIPModel.from_pretrained(place, use_safetensors=True, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(place)
-    return _of_clip("CLIP", name_or_path, model.eval().to(device), _image_processor(place, name_or_path), tokenizer)
+        tokenizer, processor = AutoTokenizer.from_pretrained(place), image_processor(place)
+    return _of_clip("CLIP", name_or_path, model.eval().to(device), processor, tokenizer)
 
 
 def load_miniature_encoder(device: torch.device | str = "cpu") -> Encoder:
@@ -106,7 +107,7 @@ def load_dino(name_or_path: str, device: torch.device | str = "cpu") -> Encoder:
     kind = _check_type(place, name_or_path, tuple(_DINO), "--dino takes DINO, DINOv2 or DINOv3")
     with _loading(name_or_path):
         model = AutoModel.from_pretrained(place, use_safetensors=True, dtype=torch.float32).eval().to(device)
-    processor = _image_processor(place, name_or_path)
+        processor = image_processor(place)
 
     def of_pixels(images: list[Image.Image]) -> Tensor:
         pixels = processor(images=images, return_tensors="pt").pixel_values
@@ -184,14 +185,6 @@ def _check_type(place: str, name: str, allowed: tuple[str, ...], wanted: str) ->
     if kind not in allowed:
         raise SVDiffError(f"{wanted}, but {name} is a model of type {kind!r}")
     return kind
-
-
-def _image_processor(place: str, name: str) -> Any:
-    """The one that goes through Pillow: numbers must not depend on whether torchvision is installed."""
-    from transformers import AutoImageProcessor
-
-    with _loading(name):
-        return AutoImageProcessor.from_pretrained(place, backend="pil")
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,6 +93,8 @@ class Measurement:
             seed=self.config.seed,
             centred=is_fid,
         )
+        if is_fid:  # which is never less than 0, but its interval has been moved
+            found = replace(found, low=max(0.0, found.low))
         return Figure(self.entry.name, self.metric, features, found)
 
     def compared(

@@ -49,7 +49,7 @@ def _alignments(figures: Sequence[Figure]) -> list[tuple[dict[str, Figure], dict
 
 
 def _scatter(axis: Any, texts: dict[str, Figure], images: dict[str, Figure], colours: dict[str, str]) -> None:
-    for entry in texts.keys() & images.keys():
+    for entry in (entry for entry in texts if entry in images):
         x, y = images[entry].estimate, texts[entry].estimate
         axis.errorbar(
             x.value,
@@ -62,11 +62,11 @@ def _scatter(axis: Any, texts: dict[str, Figure], images: dict[str, Figure], col
             color=colours[entry],
             label=entry,
         )
-        axis.annotate(entry, (x.value, y.value), textcoords="offset points", xytext=(7, 7), color=colours[entry])
     axis.set_xlabel(next(iter(images.values())).title)
     axis.set_ylabel(next(iter(texts.values())).title)
     axis.set_title("up and to the right is better", fontsize=10, color="dimgray")
-    axis.margins(0.25)
+    axis.legend(fontsize=9)
+    axis.margins(0.1)
     axis.grid(alpha=0.3)
 
 
@@ -79,6 +79,8 @@ def _bars(axis: Any, title: str, row: Sequence[Figure], colours: dict[str, str])
     axis.barh(names, values, xerr=errors, capsize=3, color=[colours[name] for name in names], alpha=0.85, height=0.6)
     axis.set_ylim(len(names) - 0.4, -0.6)  # the first on top, and no bar thicker than others of few entries
     axis.axvline(0, color="dimgray", linewidth=0.8)
+    if kind.share:
+        axis.set_xlim(0, 1.05)
     arrow = "higher" if kind.higher else "lower"
     axis.set_title(f"{title}\n{arrow} is better", fontsize=10)
     axis.grid(axis="x", alpha=0.3)

@@ -76,7 +76,8 @@ def _table(figures: Sequence[Figure]) -> str:
     lines = [f"<table>\n<thead><tr><th></th>{head}</tr></thead>\n<tbody>"]
     for title, row in rows(figures).items():
         higher = KINDS[row[0].metric].higher
-        best = (max if higher else min)(figure.estimate.value for figure in row)
+        values = {figure.estimate.value for figure in row}
+        best = (max if higher else min)(values)
         hint = f"<span class=hint>{'higher' if higher else 'lower'} is better</span>"
         by_entry = {figure.entry: figure for figure in row}
         cells = []
@@ -85,7 +86,7 @@ def _table(figures: Sequence[Figure]) -> str:
                 cells.append("<td></td>")
                 continue
             value, interval = by_entry[entry].written()
-            mark = " class=best" if len(row) > 1 and by_entry[entry].estimate.value == best else ""
+            mark = " class=best" if len(values) > 1 and by_entry[entry].estimate.value == best else ""
             cells.append(f"<td{mark}>{value}<span class=range>{interval}</span></td>")
         lines.append(f"<tr><td>{escape(title)}{hint}</td>{''.join(cells)}</tr>")
     return "\n".join([*lines, "</tbody></table>"])

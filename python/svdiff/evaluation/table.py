@@ -18,12 +18,14 @@ class Kind:
         higher: whether more is better.
         scale: what it is multiplied by where people read it.
         digits: after the point, there.
+        share: whether it is one, of pictures.
     """
 
     title: str
     higher: bool
     scale: float = 1.0
     digits: int = 3
+    share: bool = False
 
 
 KINDS = {
@@ -35,9 +37,9 @@ KINDS = {
     "drift": Kind("drift of class prompts", higher=False),
     "class_kid": Kind("KID x 1000 of class prompts", higher=False, scale=1000.0, digits=2),
     "class_fid": Kind("FID of class prompts", higher=False, digits=2),
-    "subject_shown": Kind("subject shown", higher=True),
-    "captions_read": Kind("captions read back", higher=True),
-    "class_captions_read": Kind("class prompts read back", higher=True),
+    "subject_shown": Kind("subject shown", higher=True, share=True),
+    "captions_read": Kind("captions read back", higher=True, share=True),
+    "class_captions_read": Kind("class prompts read back", higher=True, share=True),
 }
 """Every metric, by its name for ``--metrics``."""
 
@@ -71,7 +73,9 @@ class Figure:
     def written(self) -> tuple[str, str]:
         """The value and its interval as people read them."""
         kind, e = KINDS[self.metric], self.estimate
-        value, low, high = (f"{kind.scale * number:.{kind.digits}f}" for number in (e.value, e.low, e.high))
+        numbers = [kind.scale * number for number in (e.value, e.low, e.high)]
+        digits = 0 if max(map(abs, numbers)) >= 1000 else kind.digits
+        value, low, high = (f"{number:.{digits}f}" for number in numbers)
         return value, f"{low} to {high}"
 
 

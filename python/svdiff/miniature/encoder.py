@@ -36,6 +36,8 @@ def load_encoder(dtype: torch.dtype = torch.float32) -> tuple[CLIPModel, CLIPPro
     """
     from transformers import CLIPModel, CLIPProcessor, CLIPTokenizer
 
+    from ..evaluation.preparation import image_processor
+
     folder = resources.files(__package__) / "weights" / "clip"
     if not (folder / "config.json").is_file():
         raise SVDiffError(
@@ -44,16 +46,7 @@ def load_encoder(dtype: torch.dtype = torch.float32) -> tuple[CLIPModel, CLIPPro
         )
     model = CLIPModel.from_pretrained(str(folder), dtype=dtype, local_files_only=True).eval()
     words = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-    return model, CLIPProcessor(image_processor(), words)
-
-
-def image_processor() -> Any:
-    """Prepares pictures for the encoder, through Pillow, whether torchvision is installed or not."""
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    side = {"height": world.IMAGE_SIZE, "width": world.IMAGE_SIZE}
-    size = {"shortest_edge": world.IMAGE_SIZE}
-    return CLIPImageProcessorPil(size=size, crop_size=side, image_mean=list(MEAN), image_std=list(STD))
+    return model, CLIPProcessor(image_processor(str(folder)), words)
 
 
 def pixel_values(images: Sequence[Any]) -> torch.Tensor:

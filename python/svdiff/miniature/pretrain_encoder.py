@@ -15,11 +15,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPModel, CLIPProcessor, HfArgumentParser
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, HfArgumentParser
 
 from . import load_pipeline, models, world
 from .claims import colors, of_scene, said, true
-from .encoder import image_processor, pixel_values, retrieval
+from .encoder import MEAN, STD, pixel_values, retrieval
 from .stage import Stage, run
 
 _TOYS = 0.3  # share of the objects that are abstract drawings: what a subject may look like
@@ -77,8 +77,11 @@ def main() -> None:
     every = {"checkpoint_every": config.checkpoint_every, "validate_every": config.checkpoint_every}
     run(stage, accelerator, output / "state", seed=config.seed, **every)
     model.half().save_pretrained(output)
-    CLIPProcessor(image_processor(), words).save_pretrained(output)
-    image_processor().save_pretrained(output)
+    side = {"height": world.IMAGE_SIZE, "width": world.IMAGE_SIZE}
+    size = {"shortest_edge": world.IMAGE_SIZE}
+    processor = CLIPImageProcessor(size=size, crop_size=side, image_mean=list(MEAN), image_std=list(STD))
+    processor.save_pretrained(output)
+    words.save_pretrained(output)
 
 
 def contrastive_encoder() -> CLIPModel:

@@ -180,6 +180,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "one picture": ({"reference_dir": "{0}/one", "metrics": ["kid"]}, "there is one of what they are compared with"),
     "no network": ({"clip": None, "dino": None, "lpips": None}, "nothing can be measured; text_alignment: no clip"),
     "no reference": ({"reference_dir": None, "metrics": ["image_alignment"]}, "no reference_dir is given"),
+    "same names": ({"pictures": ["{0}/ours", "{0}/x/ours"]}, "two folders are called 'ours'"),
     "other numbers": ({"base_class_pictures": "{0}/class_few"}, "class pictures of ours: 4, but 3 of the base model"),
     "other prompts": ({"base_class_pictures": "{0}/class_other"}, "has the prompt 'a cat', but the base model's"),
     "class alone": ({"base_class_pictures": None}, "belong together"),
