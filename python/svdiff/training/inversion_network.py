@@ -170,10 +170,12 @@ def _load(name: str) -> tuple[Any, Any]:
     if name == "miniature":
         from ..miniature.encoder import load_encoder
 
-        model, both = load_encoder()
+        with loading(f"{name} (image_encoder)"):
+            model, both = load_encoder()
         return model.vision_model, both.image_processor
     from transformers import AutoConfig, CLIPModel, CLIPVisionModelWithProjection
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    from ..evaluation.preparation import image_processor
 
     place = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
     with loading(f"{name} (image_encoder)"):
@@ -185,9 +187,4 @@ def _load(name: str) -> tuple[Any, Any]:
         model, told = made.from_pretrained(place, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
         if missing := sorted(key for key in told["missing_keys"] if key.startswith("vision_model.")):
             raise SVDiffError(f"{missing[0]} is missing")
-        try:
-            processor = CLIPImageProcessorPil.from_pretrained(place)
-        except OSError:  # no file says how pictures are prepared: as for all CLIPs, then
-            side = model.vision_model.config.image_size
-            processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-    return model.vision_model, processor
+        return model.vision_model, image_processor(place)

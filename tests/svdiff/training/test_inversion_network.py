@@ -18,18 +18,17 @@ from svdiff.pipelines import load_pipeline
 from svdiff.tokens import add_token, initial_vectors, read_tokens, vectors_of
 from svdiff.training.data import find_pictures, load_picture
 from svdiff.training.inversion_network import InversionNetwork, image_states, load_network
-from tiny import RESOLUTION, assert_unchanged, snapshot, tiny_clip
+from tiny import RESOLUTION, assert_unchanged, snapshot
+from tiny_encoders import save_tiny_clip
 
 from svdiff_kernels import SVDiffError
 
-WIDTH, CONTEXT = 12, 20
+WIDTH, CONTEXT = 12, 16
 
 
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("clip")
-    tiny_clip().save_pretrained(folder)
-    return folder
+    return save_tiny_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture
@@ -103,21 +102,20 @@ def test_dropout_is_of_training_alone() -> None:
 
 @pytest.mark.parametrize("kind", ["clip", "vision alone"])
 def test_states_are_those_of_transformers(clip: Path, pictures: Path, tmp_path: Path, kind: str) -> None:
-    from transformers import CLIPVisionModelWithProjection
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers import AutoImageProcessor, CLIPModel, CLIPVisionModelWithProjection
 
-    model, folder = tiny_clip(), clip
+    model, folder = CLIPModel.from_pretrained(clip), clip
+    processor = AutoImageProcessor.from_pretrained(clip, backend="pil")
     if kind != "clip":
         alone = CLIPVisionModelWithProjection(model.config.vision_config)
         alone.vision_model.load_state_dict(model.vision_model.state_dict())
         alone.save_pretrained(folder := tmp_path / "vision")
+        processor.save_pretrained(folder)
     found = find_pictures(pictures, "x")
     states = image_states(str(folder), found)
-    assert states.shape == (3 * (1 + 4), CONTEXT)
-    processor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    image = load_picture(found[1], [(16, 16)]).image
-    pixels = processor(images=[image], return_tensors="pt").pixel_values
-    torch.testing.assert_close(states[5:10], model.vision_model(pixels).last_hidden_state[0])
+    assert states.shape == (3 * (1 + 9), CONTEXT)
+    pixels = processor(images=[load_picture(found[1], [(24, 24)]).image], return_tensors="pt").pixel_values
+    torch.testing.assert_close(states[10:20], model.vision_model(pixels).last_hidden_state[0])
 
 
 def test_encoders_that_are_none(clip: Path, base: Path, tmp_path: Path, pictures: Path) -> None:
