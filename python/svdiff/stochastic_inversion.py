@@ -20,8 +20,8 @@ def inverting_stochastically(pipeline: Any, prompts: Sequence[str], size: tuple[
     """Within, image-to-image by pipelines that share this one's scheduler starts from noise that the denoiser sees.
 
     The pipeline puts random noise on the picture; the denoiser, told the prompt, says once what of that is noise; and
-    that is put on the picture in its place. It leans on what there is to be seen, so that more of that is kept than
-    with any noise. Models that match flows are asked for the velocity, which is noise less data.
+    that is put on the picture in its place. It leans on what there is to be seen, of which it is to keep more than any
+    noise would. Models that match flows are asked for the velocity, which is noise less data.
 
     Args:
         pipeline: text-to-image, of diffusers; its scheduler is what it was afterwards.

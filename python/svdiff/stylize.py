@@ -63,7 +63,7 @@ class StylizeConfig:
     negative_prompt: str | None = field(default=None, metadata={"help": "what not to draw"})
     strength: float = field(default=0.8, metadata={"help": "0 leaves a picture as it is, 1 is all noise"})
     stochastic_inversion: bool = field(
-        default=False, metadata={"help": "start from what the model takes for noise in the picture, which keeps more"}
+        default=False, metadata={"help": "start from what the model takes for noise in the picture, not from any"}
     )
     guidance_scale: float | None = field(
         default=None, metadata={"help": "classifier-free guidance; 1 is none; default: the pipeline's own"}
