@@ -35,7 +35,7 @@ from svdiff.miniature.task import Task, share
 from svdiff.sampling import grid
 from tqdm.auto import tqdm
 
-from .quality import config_of, draw_class_pictures
+from .study.teach import config_of, draw_class_pictures
 
 _SUBJECTS = ("mushroom", "robot", "house")
 _STYLE = "blackboard"

@@ -1,0 +1,94 @@
+"""Who takes part, with settings that suit the miniature: of the rates that are tried, each has its best."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to learn.
+
+    Attributes:
+        label: in tables.
+        settings: of `TrainConfig`, beside those that all share.
+        new_words: whether subjects are called by learned tokens.
+    """
+
+    label: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    new_words: bool = False
+
+
+_LORA = {"method": "lora", "targets": "attention", "learning_rate": 1e-3}  # as diffusers' scripts have it
+_ALONE = {"train_text_encoder": False}  # the text encoder stays as it is, but for a new word
+WORD: dict[str, Any] = {
+    **_ALONE,
+    "modifier_token": ["<sks>"],
+    "initializer_token": ["toy"],
+    "learning_rate_tokens": 5e-3,
+}
+
+# Of one subject: the first table.
+SHIFTS = Contender("shifts (SVDiff)")
+LORA_1 = Contender("LoRA r = 1", {**_LORA, "lora_rank": 1})
+LORA_4 = Contender("LoRA r = 4", {**_LORA, "lora_rank": 4})
+LORA_16 = Contender("LoRA r = 16", {**_LORA, "lora_rank": 16})
+FULL = Contender("all weights (DreamBooth)", {"method": "full", "learning_rate": 1e-4})
+CUSTOM = Contender("Custom Diffusion", {**WORD, "method": "custom_diffusion", "learning_rate": 1e-3}, new_words=True)
+SHIFTS_KV = Contender(
+    "shifts of K and V, new word", {**WORD, "targets": "cross_attn_kv", "learning_rate": 3e-2}, new_words=True
+)
+INVERSION = Contender(
+    "textual inversion",
+    {**WORD, "method": "textual_inversion", "with_prior_preservation": False, "learning_rate": 1e-2},
+    new_words=True,
+)
+
+CONTENDERS: dict[str, Contender] = {
+    "shifts": SHIFTS,
+    "lora1": LORA_1,
+    "lora4": LORA_4,
+    "lora16": LORA_16,
+    "full": FULL,
+    "custom": CUSTOM,
+    "shifts_kv": SHIFTS_KV,
+    "inversion": INVERSION,
+}
+
+LAYERS: dict[str, Contender] = {
+    "all": Contender("all, and the text encoder"),
+    "unet": Contender("all of the UNet", _ALONE),
+    **{
+        name: Contender(label, {"targets": name})
+        for name, label in (
+            ("attention", "attention"),
+            ("cross_attn", "cross-attention"),
+            ("cross_attn_kv", "its keys and values"),
+            ("down", "down blocks"),
+            ("mid", "middle"),
+            ("up", "up blocks"),
+        )
+    },
+}
+"""Spectral shifts of some layers of the UNet; the text encoder's are all there, but for one."""
+
+_TRIED: dict[str, tuple[Contender, tuple[float, ...]]] = {
+    "shifts": (SHIFTS, (1e-3, 3e-3, 1e-2, 3e-2)),
+    "lora4": (LORA_4, (1e-4, 3e-4, 1e-3, 3e-3)),
+    "lora16": (LORA_16, (1e-4, 3e-4, 1e-3, 3e-3)),
+    "full": (FULL, (1e-5, 3e-5, 1e-4, 3e-4)),
+    "custom": (CUSTOM, (1e-4, 3e-4, 1e-3, 3e-3)),
+}
+
+RATES: dict[str, Contender] = {
+    f"{name}_{rate:g}": replace(
+        contender,
+        label=f"{contender.label}, {rate:g}",
+        settings={**contender.settings, "learning_rate": rate, "learning_rate_1d": rate},
+    )
+    for name, (contender, rates) in _TRIED.items()
+    for rate in rates
+}
