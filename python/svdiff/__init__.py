@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .export import ExportConfig, ExportResult, export
     from .extract import ExtractConfig, ExtractResult, extract
     from .generate import GenerateConfig, GenerateResult, generate
+    from .merge import MergeConfig, MergeResult, merge
     from .train import TrainConfig, TrainResult, train
 
 __all__ = [
@@ -36,6 +37,8 @@ __all__ = [
     "ExtractResult",
     "GenerateConfig",
     "GenerateResult",
+    "MergeConfig",
+    "MergeResult",
     "TrainConfig",
     "TrainResult",
     "attach",
@@ -45,6 +48,7 @@ __all__ = [
     "extract",
     "generate",
     "load",
+    "merge",
     "train",
 ]
 
@@ -57,6 +61,7 @@ _HOMES = {
     **dict.fromkeys(("ExportConfig", "ExportResult", "export"), "export"),
     **dict.fromkeys(("ExtractConfig", "ExtractResult", "extract"), "extract"),
     **dict.fromkeys(("GenerateConfig", "GenerateResult", "generate"), "generate"),
+    **dict.fromkeys(("MergeConfig", "MergeResult", "merge"), "merge"),
     **dict.fromkeys(("TrainConfig", "TrainResult", "train"), "train"),
 }
 

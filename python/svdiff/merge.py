@@ -29,7 +29,7 @@ from .combine import blend
 from .custom_diffusion import WeightFile
 from .miniature import NAME as MINIATURE
 from .outputs import run_directory, write_run_file
-from .pipelines import denoiser_of, load_pipeline
+from .pipelines import denoiser_of, device_of_choice, load_pipeline
 from .targets import matching, select
 from .training.data import CAPTIONS_FILE
 from .training.families import Family, family_of
@@ -106,8 +106,8 @@ class MergeResult:
         merged: how good it is.
         added: how good it would be to add up what the concepts change.
         alone: of each concept by itself, on its own words.
-        constraint_error: of weights, the largest ``|W c - W_k c| / |W_k c|`` of a target word in a layer; of shifts
-            None, since they meet none.
+        constraint_error: of weights as they are written, in fp32, the largest ``|W c - W_k c| / |W_k c|`` of a target
+            word in a layer; of shifts None, since they meet none.
         seconds: of the closed form, without loading and encoding.
     """
 
@@ -146,6 +146,8 @@ def merge(config: MergeConfig) -> MergeResult:
             raise SVDiffError(f"merge: a {type(pipeline).__name__} has no cross-attention whose keys could be merged")
         prompts = _prompts(config, concepts)
         learn_tokens(pipeline, token_files(config.ckpt))
+        for encoder in family.text_encoders.values():
+            encoder.to(device_of_choice())
         targets = target_words(text_features(family, prompts), prompts)
         captions = summary(torch.cat(text_features(family, _captions(config))))
         if isinstance(concepts[0], WeightFile):
@@ -335,9 +337,8 @@ def _merge_weights(
         W0 = layer.weight.detach().cpu().double()
         own = [file.weights[path].double() if path in file.weights else W0 for file in concepts]
         values = torch.cat([c.double() @ W.T for c, W in zip(targets, own, strict=True)])
-        change = (values - asked @ W0.T).T @ update
-        ledger.enter(W0, change, [W - W0 for W in own])
-        merged[path] = (W0 + change).float()
+        merged[path] = (W0 + (values - asked @ W0.T).T @ update).float()
+        ledger.enter(W0, merged[path].double() - W0, [W - W0 for W in own])
     seconds = time.perf_counter() - start
     metadata = {**said, "base_model": concepts[0].metadata.get("base_model", "")}
     tokens = [token for file in concepts for token in (file.told("modifier_tokens") or [])]
