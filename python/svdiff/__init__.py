@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .export import ExportConfig, ExportResult, export
     from .extract import ExtractConfig, ExtractResult, extract
     from .generate import GenerateConfig, GenerateResult, generate
+    from .merge import MergeConfig, MergeResult, merge
     from .tokens import load_tokens, save_tokens
     from .train import TrainConfig, TrainResult, train
 
@@ -37,6 +38,8 @@ __all__ = [
     "ExtractResult",
     "GenerateConfig",
     "GenerateResult",
+    "MergeConfig",
+    "MergeResult",
     "TrainConfig",
     "TrainResult",
     "attach",
@@ -46,6 +49,7 @@ __all__ = [
     "extract",
     "generate",
     "load",
+    "merge",
     "load_tokens",
     "save_tokens",
     "train",
@@ -60,6 +64,7 @@ _HOMES = {
     **dict.fromkeys(("ExportConfig", "ExportResult", "export"), "export"),
     **dict.fromkeys(("ExtractConfig", "ExtractResult", "extract"), "extract"),
     **dict.fromkeys(("GenerateConfig", "GenerateResult", "generate"), "generate"),
+    **dict.fromkeys(("MergeConfig", "MergeResult", "merge"), "merge"),
     **dict.fromkeys(("load_tokens", "save_tokens"), "tokens"),
     **dict.fromkeys(("TrainConfig", "TrainResult", "train"), "train"),
 }

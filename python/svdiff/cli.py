@@ -42,6 +42,9 @@ COMMANDS = {
         "combine",
         ("operation",),
     ),
+    "merge": Command(
+        "concepts that were trained apart made one, in closed form", "svdiff.merge", "MergeConfig", "merge"
+    ),
     "export": Command(
         "shifts as merged weights, a LoRA, or svdiff-pytorch's files",
         "svdiff.export",

@@ -13,8 +13,9 @@ from typing_extensions import override
 
 from svdiff_kernels import FactorCache
 
+from .. import custom_diffusion
 from ..adapter import Adapter
-from ..attach import attach
+from ..attach import attach, base_model_of
 from ..attached import weight_of
 from ..cache import build
 from ..targets import select
@@ -208,7 +209,8 @@ class CustomDiffusion(Method):
         for model in (family.denoiser, *family.text_encoders.values()):
             model.requires_grad_(False)
         self._layers = select(family.denoiser, "cross_attn_kv", one_dim=False)
-        self._base = {path: weight_of(layer).detach().clone() for path, layer in self._layers.items()}
+        weights = {path: weight_of(layer) for path, layer in self._layers.items()}
+        self._hashes = custom_diffusion.hashes_of(weights)
         for layer in self._layers.values():
             weight_of(layer).requires_grad_(True)
 
