@@ -37,9 +37,7 @@ def text_features(captions: Sequence[str]) -> Tensor:
     return model.get_text_features(ids).pooler_output
 
 
-def subject_marks(
-    images: Sequence[Image], scenes: Sequence[world.Scene], examples: Sequence[Image]
-) -> Figures:
+def subject_marks(images: Sequence[Image], scenes: Sequence[world.Scene], examples: Sequence[Image]) -> Figures:
     """Of pictures of a subject in new scenes.
 
     Args:

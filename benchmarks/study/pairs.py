@@ -6,7 +6,6 @@ others; each subject alone too, as in `subjects`.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path

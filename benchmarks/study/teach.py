@@ -136,5 +136,7 @@ def layer_changes(pipeline: Any) -> dict[str, float]:
         for name, weight in getattr(pipeline, part).named_parameters():
             if name in before and name.endswith(".weight"):
                 moved = torch.linalg.vector_norm(weight.detach().float() - before[name].float())
-                found[f"{part}.{name.removesuffix('.weight')}"] = (moved / torch.linalg.vector_norm(before[name])).item()
+                found[f"{part}.{name.removesuffix('.weight')}"] = (
+                    moved / torch.linalg.vector_norm(before[name])
+                ).item()
     return found

@@ -49,8 +49,8 @@ __all__ = [
     "extract",
     "generate",
     "load",
-    "merge",
     "load_tokens",
+    "merge",
     "save_tokens",
     "train",
 ]

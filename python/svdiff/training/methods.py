@@ -217,11 +217,10 @@ class CustomDiffusion(Method):
     @override
     def _save_weights(self, directory: Path, **told: Any) -> list[Path]:
         weights = {path: weight_of(layer).detach() for path, layer in self._layers.items()}
-        from safetensors.torch import save_file
-
-        directory.mkdir(exist_ok=True, parents=True)
-        save_file({k: v.contiguous() for k, v in weights.items()}, directory / "cd.safetensors")
-        return [directory / "cd.safetensors"]
+        said = {**told, "base_model": base_model_of(self._family.pipeline)}
+        if self._config.modifier_token:
+            said["modifier_tokens"] = self._config.modifier_token
+        return [custom_diffusion.write(directory, weights, said, hashes=self._hashes)]
 
 
 class TextualInversion(Method):
