@@ -254,7 +254,7 @@ def test_work_is_shared(team: Team) -> None:
     assert first == {"classes": 3, "encoded": 8, "validation": 2}
     assert second == {"classes": 2, "encoded": 8, "validation": 2}
     one, other = (load_file(shared.folder / f"latents.{rank}") for rank in range(2))
-    assert one.keys() == other.keys() and len(one) == 16 * 3
+    assert one.keys() == other.keys() and len(one) == 16 * 4
     assert all(torch.equal(other[key], tensor) for key, tensor in one.items())
     assert_same_pictures(alone, shared)
     said = shared.said()
