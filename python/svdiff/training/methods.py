@@ -8,20 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from typing_extensions import override
 
-from svdiff_kernels import FactorCache
+from svdiff_kernels import FactorCache, SVDiffError
 
 from ..adapter import Adapter
 from ..attach import attach
 from ..attached import weight_of
 from ..cache import build
+from ..checkpoint import read_all
+from ..pipelines import load_pipeline
 from ..targets import select
 from .chance import seed_of
 from .config import TrainConfig
-from .families import Family
+from .families import Family, family_of
 
+_LORA_FILE = "pytorch_lora_weights.safetensors"
 _ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]  # of a LoRA, as in diffusers' scripts
 
 
@@ -72,6 +77,15 @@ class Method:
         """Write what has been learnt, in the form that others read; returns the files."""
         raise NotImplementedError
 
+    def start_from(self, directory: Path) -> None:
+        """Begin with what an earlier run has saved, as concepts learnt one after the other do; before `cast`.
+
+        Raises:
+            SVDiffError: it is not of this method, or of another base, of other targets or of another rank. Nothing is
+                changed.
+        """
+        raise SVDiffError(f"init_from: method {self._config.method} cannot begin with what an earlier run has learnt")
+
 
 class SpectralShifts(Method):
     """SVDiff: shifts of singular values."""
@@ -108,6 +122,16 @@ class SpectralShifts(Method):
     def save(self, directory: Path, **told: Any) -> list[Path]:
         return self.adapter.save_weights(directory, None, **told)
 
+    @override
+    def start_from(self, directory: Path) -> None:
+        try:
+            earlier = read_all(directory)
+            if lacking := sorted(earlier.keys() - {part.role for part in self.adapter.parts}):
+                raise SVDiffError(f"it has shifts of the {lacking[0]}: train that too, with train_text_encoder")
+            self.adapter.load_weights(directory)
+        except SVDiffError as error:
+            raise SVDiffError(f"init_from {directory}: {error}") from error
+
 
 class Lora(Method):
     """A LoRA by PEFT, for comparison."""
@@ -135,11 +159,44 @@ class Lora(Method):
     def save(self, directory: Path, **told: Any) -> list[Path]:
         from peft.utils import get_peft_model_state_dict
 
-        role = "unet" if hasattr(self._family.pipeline, "unet") else "transformer"
-        models = {role: self._family.denoiser, **self.encoders}
-        layers = {f"{name}_lora_layers": get_peft_model_state_dict(model) for name, model in models.items()}
+        layers = {f"{role}_lora_layers": get_peft_model_state_dict(model) for role, model in self._by_role().items()}
         self._family.pipeline.save_lora_weights(directory, **layers)
-        return [directory / "pytorch_lora_weights.safetensors"]
+        return [directory / _LORA_FILE]
+
+    @override
+    def start_from(self, directory: Path) -> None:
+        from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+
+        file = directory / _LORA_FILE
+        try:
+            found = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise SVDiffError(f"init_from {directory}: cannot read {_LORA_FILE}: {error}") from error
+        own = {
+            f"{role}.{key}": tensor
+            for role, model in self._by_role().items()
+            for key, tensor in get_peft_model_state_dict(model).items()
+        }
+        if differing := sorted(found.keys() ^ own.keys()):
+            raise SVDiffError(
+                f"init_from {file}: {differing[0]} is {'not trained here' if differing[0] in found else 'not there'}: "
+                "it is of other targets, another base, or other text encoders"
+            )
+        for key, tensor in own.items():
+            if found[key].shape != tensor.shape:
+                raise SVDiffError(
+                    f"init_from {file}: {key} has shape {list(found[key].shape)}, not {list(tensor.shape)}: "
+                    "it is of another lora_rank or another base"
+                )
+        for role, model in self._by_role().items():
+            begin = f"{role}."
+            set_peft_model_state_dict(
+                model, {k.removeprefix(begin): v for k, v in found.items() if k.startswith(begin)}
+            )
+
+    def _by_role(self) -> dict[str, Any]:
+        role = "unet" if hasattr(self._family.pipeline, "unet") else "transformer"
+        return {role: self._family.denoiser, **self.encoders}
 
 
 class AllWeights(Method):
@@ -160,6 +217,26 @@ class AllWeights(Method):
     def save(self, directory: Path, **told: Any) -> list[Path]:
         self._family.pipeline.save_pretrained(directory / "pipeline")
         return sorted(path for path in (directory / "pipeline").rglob("*.safetensors"))
+
+    @override
+    def start_from(self, directory: Path) -> None:
+        folder = directory / "pipeline"
+        if not folder.is_dir():
+            raise SVDiffError(f"init_from: there is no folder {folder}, which a run of method full leaves")
+        earlier = family_of(load_pipeline(str(folder)))
+        own = self._all_models(self._family)
+        for role, other in self._all_models(earlier).items():
+            shapes = [
+                {name: t.shape for name, t in model.state_dict().items()} for model in (own.get(role), other) if model
+            ]
+            if len(shapes) < 2 or shapes[0] != shapes[1]:
+                raise SVDiffError(f"init_from {folder}: its {role} is of another base")
+        for role, other in self._all_models(earlier).items():
+            own[role].load_state_dict(other.state_dict())
+
+    @staticmethod
+    def _all_models(family: Family) -> dict[str, Any]:
+        return {"denoiser": family.denoiser, **family.text_encoders}
 
 
 METHODS: Mapping[str, type[Method]] = {"svdiff": SpectralShifts, "lora": Lora, "full": AllWeights}

@@ -1,9 +1,8 @@
 """Size augmentation: the subject smaller or larger than in its picture, and a caption that says so (Custom Diffusion).
 
-Of a run with few pictures it keeps the subject's size from being learnt as part of it (arXiv 2212.04488, section 4).
-The paper speaks of 0.4 to 1.4 times the size; the ranges, their chances and the words here are those of its authors'
-code: a third of the samples is enlarged, two thirds shrink, but for those that would shrink little, which stay as they
-are.
+arXiv 2212.04488 does this where it has few pictures, and has the loss look at nothing but the picture. The paper speaks
+of 0.4 to 1.4 times the size; the ranges, their chances and the words here are those of its authors' code: a third of
+the samples is enlarged, two thirds shrink, but for those that would shrink little, which stay as they are.
 """
 
 from __future__ import annotations
