@@ -1,8 +1,8 @@
 """Real pictures of a class, chosen by their captions (Custom Diffusion).
 
 Of pictures that the base model draws of a class a fine-tune learns its flaws too. So Custom Diffusion (arXiv
-2212.04488) takes 200 real ones from a large captioned set, of such captions as are similar to the class prompt: a cosine
-of at least 0.85 in the feature space of CLIP's text encoder. Each keeps its own caption.
+2212.04488) takes 200 real ones from a large captioned set, of such captions as are similar to the class prompt: a
+cosine of at least 0.85 in the feature space of CLIP's text encoder. Each keeps its own caption.
 """
 
 from __future__ import annotations
