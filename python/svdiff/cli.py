@@ -156,7 +156,8 @@ def _parse(name: str, command: Command, config: Any, argv: list[str]) -> Any:
         epilog="--config FILE reads flags from a YAML file; those on the command line come after",
         allow_abbrev=False,
     )
-    argv = named + _with_config_file(argv, {action.dest for action in parser._actions})
+    flags = {flag.lstrip("-") for action in parser._actions if action.nargs != 0 for flag in action.option_strings}
+    argv = named + _with_config_file(argv, flags)
     parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
         parser.error(f"unknown argument {unknown[0]}")
