@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -211,13 +212,13 @@ def target_words(features: Sequence[Sequence[Tensor]], prompts: Sequence[Sequenc
 def token_files(paths: Sequence[str]) -> dict[str, Path]:
     """The files with learned tokens beside what was trained with them, by a name that each can have in one folder."""
     found: dict[str, Path] = {}
-    for number, path in enumerate(paths, start=1):
+    for path in paths:
         place = Path(path).expanduser()
         for file in sorted((place if place.is_dir() else place.parent).glob(TOKEN_FILES)):
             if file in found.values():
                 continue
-            name = file.name if file.name not in found else f"{file.stem}_{number}.safetensors"
-            found[name] = file
+            names = chain([file.name], (f"{file.stem}_{number}.safetensors" for number in count(2)))
+            found[next(name for name in names if name not in found)] = file
     return found
 
 
