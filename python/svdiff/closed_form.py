@@ -20,8 +20,10 @@ _SINGULAR = 1e-6
 """Captions that fill no more than this of a direction, next to the one that they fill most, leave it free; a ridge then
 keeps the metric definite. Its root is as large, so that the constraint is met to about 1e-10."""
 _DEPENDENT = 1e-10
+_UNSEEN = 1e-3
+"""Of the direction that words and captions fill most: where they fill less, `fit_weights` leaves the base alone."""
 
-CAPTION_WEIGHT = 0.1
+CAPTION_WEIGHT = 0.3
 """How much captions count beside the words of one concept, in `merge_shifts`."""
 
 
@@ -85,6 +87,61 @@ def directions(targets: Tensor, captions: Tensor) -> Tensor:
     size = torch.linalg.vector_norm(seen, dim=1, keepdim=True).clamp_min(torch.finfo(seen.dtype).tiny)
     inverse = torch.linalg.pinv(seen / size, rtol=_DEPENDENT) / size.T  # [d, n]
     return torch.linalg.solve_triangular(root, inverse, upper=True).T
+
+
+def fit_weights(
+    W0: Tensor,
+    weights: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    captions: Tensor,
+    caption_weight: float = CAPTION_WEIGHT,
+) -> Tensor:
+    """The weight that comes nearest to each concept's on its words, and to the base's on captions.
+
+    It minimises ``sum over concepts k of mean over words of |(W - W_k) c|^2 + caption_weight * mean over captions of
+    |(W - W0) c|^2``, what `merge_shifts` does for shifts. No word is met exactly, but there may be any number of them,
+    and alike: ``W = W0 + (sum_k (W_k - W0) S_k) (sum_k S_k + caption_weight G)^-1``, where S_k and G are the mean of
+    ``c c^T`` over the words of k and over captions. A ridge of 1e-6 of the largest square of that sum leaves W0 alone
+    where neither look; without it what rounding leaves there would count.
+
+    Args:
+        W0: ``[m, d]``, the base's weight.
+        weights: of each concept, ``[m, d]``.
+        targets: of each concept text features of its words, ``[n_k, d]``.
+        captions: ``[N, d]``; or their `summary`.
+        caption_weight: how much captions count beside the words of one concept.
+
+    Returns:
+        ``[m, d]`` in fp64.
+
+    Raises:
+        SVDiffError: shapes that do not fit, or a weight that is not above 0.
+    """
+    if len(weights) != len(targets) or any(one.shape != W0.shape for one in weights):
+        shapes = [list(one.shape) for one in weights]
+        raise SVDiffError(f"fit_weights: weights {shapes} for {len(targets)} targets do not fit W0 {list(W0.shape)}")
+    shares = shares_of(targets, captions, caption_weight)
+    return W0.double() + sum((W.double() - W0.double()) @ own for W, own in zip(weights, shares, strict=True))
+
+
+def shares_of(targets: Sequence[Tensor], captions: Tensor, caption_weight: float = CAPTION_WEIGHT) -> list[Tensor]:
+    """``S_k (sum_k S_k + caption_weight G)^-1`` of `fit_weights`, ``[d, d]`` each: the same for all layers.
+
+    Raises:
+        SVDiffError: see `fit_weights`.
+    """
+    d = captions.shape[-1]
+    if not caption_weight > 0:
+        raise SVDiffError(f"caption_weight must be above 0 for weights: {caption_weight}")
+    if any(one.dim() != 2 or not one.shape[0] or one.shape[1] != d for one in (*targets, captions)):
+        raise SVDiffError(
+            f"captions {list(captions.shape)} and targets {[list(t.shape) for t in targets]} must be [_, d]"
+        )
+    rows = [one.double() / len(one) ** 0.5 for one in targets]
+    root = _root(torch.cat([*rows, captions.double() * (caption_weight / len(captions)) ** 0.5]))
+    root = _ridged(root, _UNSEEN * float(torch.linalg.matrix_norm(root, 2)))
+    inverse = torch.cholesky_inverse(root, upper=True)
+    return [one.T @ (one @ inverse) for one in rows]
 
 
 def merge_shifts(
@@ -163,9 +220,12 @@ def _definite(root: Tensor) -> Tensor:
     sizes = torch.linalg.svdvals(root)
     if not sizes[0] > 0:
         raise SVDiffError("the captions' text features are all zero")
-    if sizes[-1] > _SINGULAR * sizes[0]:
-        return root
-    ridge = _SINGULAR * sizes[0] * torch.eye(root.shape[0], dtype=root.dtype, device=root.device)
+    return root if sizes[-1] > _SINGULAR * sizes[0] else _ridged(root, _SINGULAR * float(sizes[0]))
+
+
+def _ridged(root: Tensor, size: float) -> Tensor:
+    """The root of ``R^T R + size^2 I``."""
+    ridge = size * torch.eye(root.shape[0], dtype=root.dtype, device=root.device)
     return torch.linalg.qr(torch.cat([root, ridge]), mode="r").R
 
 

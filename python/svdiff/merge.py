@@ -1,7 +1,7 @@
 """svdiff merge: concepts that were trained each by itself, made one in closed form.
 
-Of whole keys and values by Custom Diffusion's constrained least squares (arXiv 2212.04488), of spectral shifts of the
-same layers by least squares over the shifts; `closed_form` has the arithmetic.
+Of whole keys and values by Custom Diffusion's constrained least squares (arXiv 2212.04488) or by plain ones, of
+spectral shifts of the same layers by least squares over the shifts; `closed_form` has the arithmetic.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -24,7 +25,7 @@ from svdiff_kernels import FactorCache, SVDiffError
 from . import checkpoint, custom_diffusion
 from .attached import layout_of, weight_of
 from .checkpoint import DeltaFile
-from .closed_form import CAPTION_WEIGHT, directions, merge_shifts, merge_weights, summary
+from .closed_form import CAPTION_WEIGHT, directions, fit_weights, merge_shifts, merge_weights, shares_of, summary
 from .combine import blend
 from .custom_diffusion import WeightFile
 from .miniature import NAME as MINIATURE
@@ -35,7 +36,7 @@ from .tokens import add_token, read_tokens, token_files_of
 from .training.data import CAPTIONS_FILE
 from .training.families import Family, family_of
 
-__all__ = ["MergeConfig", "MergeResult", "merge", "merge_shifts", "merge_weights"]
+__all__ = ["MergeConfig", "MergeResult", "fit_weights", "merge", "merge_shifts", "merge_weights"]
 
 _BATCH = 32
 _MINIATURE_CAPTIONS = 1000
@@ -55,7 +56,7 @@ class MergeConfig:
     pretrained_model_name_or_path: str = field(metadata={"help": "their base: folder, hub id, or miniature"})
     prompt: list[str] | None = field(
         default=None,
-        metadata={"help": "what each is called in prompts, such as 'a sks toy'; default: what it was trained with"},
+        metadata={"help": "what each is called in prompts, such as 'a sks toy'; default: all that it was trained with"},
     )
     captions: str | None = field(
         default=None,
@@ -64,9 +65,12 @@ class MergeConfig:
             "thousand or so; the miniature has its own"
         },
     )
-    caption_weight: float = field(
-        default=CAPTION_WEIGHT,
-        metadata={"help": "of shifts: how much captions count beside the words of one concept"},
+    caption_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "how much captions count beside the words of one concept; default: of shifts "
+            f"{CAPTION_WEIGHT}, of weights they give way: words are answered exactly"
+        },
     )
     others: Literal["refuse", "add"] = field(
         default="refuse",
@@ -105,7 +109,7 @@ class MergeResult:
         added: how good it would be to add up what the concepts change.
         alone: of each concept by itself, on its own words.
         constraint_error: of weights as they are written, in fp32, the largest ``|W c - W_k c| / |W_k c|`` of a target
-            word in a layer; of shifts None, since they meet none.
+            word in a layer; None where none is met exactly.
         seconds: of the closed form, without loading and encoding.
     """
 
@@ -146,10 +150,11 @@ def merge(config: MergeConfig) -> MergeResult:
         learn_tokens(pipeline, token_files(config.ckpt))
         for encoder in family.text_encoders.values():
             encoder.to(device_of_choice())
-        targets = target_words(text_features(family, prompts), prompts)
+        encoded = iter(text_features(family, [prompt for own in prompts for prompt in own]))
+        targets = target_words([[next(encoded) for _ in own] for own in prompts], prompts)
         captions = summary(torch.cat(text_features(family, _captions(config))))
         if isinstance(concepts[0], WeightFile):
-            merged = _merge_weights(pipeline, concepts, targets, captions, staging, _said(config, prompts))
+            merged = _merge_weights(config, pipeline, concepts, targets, captions, staging, _said(config, prompts))
         else:
             merged = _merge_shifts(config, pipeline, concepts, targets, captions, staging, _said(config, prompts))
         for name, file in token_files(config.ckpt).items():
@@ -181,22 +186,23 @@ def text_features(family: Family, prompts: Sequence[str]) -> list[Tensor]:
     return found
 
 
-def target_words(features: Sequence[Tensor], prompts: Sequence[str]) -> list[Tensor]:
-    """Of each concept's prompt ``[L, d]`` the words that are its own, ``[n, d]``.
+def target_words(features: Sequence[Sequence[Tensor]], prompts: Sequence[Sequence[str]]) -> list[Tensor]:
+    """Of each concept's prompts ``[L, d]`` the words that are its own, ``[n, d]``.
 
-    What begins two prompts alike (the start of text, "a") is of neither: the encoder, which does not look ahead, gives
-    it the same features in both, and they could not be answered as both concepts do.
+    What begins prompts of two concepts alike (the start of text, "a") is of neither: the encoder, which does not look
+    ahead, gives it the same features in both, and they could not be answered as both concepts do.
 
     Raises:
-        SVDiffError: a prompt has nothing of its own.
+        SVDiffError: a concept has no word of its own.
     """
+    words = [torch.cat([one[1:] for one in own]) for own in features]  # without the start of text
     found = []
-    for k, own in enumerate(features):
-        kept = torch.arange(len(own)) > 0  # the start of text
-        for other in (one for j, one in enumerate(features) if j != k):
+    for k, own in enumerate(words):
+        kept = torch.ones(len(own), dtype=torch.bool)
+        for other in words[:k] + words[k + 1 :]:
             kept &= torch.cdist(own, other).amin(1) > _SAME * torch.linalg.vector_norm(own, dim=1)
         if not kept.any():
-            raise SVDiffError(f"prompt {prompts[k]!r} has no word of its own: another concept is called the same")
+            raise SVDiffError(f"prompt {prompts[k][0]!r} has no word of its own: another concept is called the same")
         found.append(own[kept])
     return found
 
@@ -204,13 +210,13 @@ def target_words(features: Sequence[Tensor], prompts: Sequence[str]) -> list[Ten
 def token_files(paths: Sequence[str]) -> dict[str, Path]:
     """The files with learned tokens beside what was trained with them, by a name that each can have in one folder."""
     found: dict[str, Path] = {}
-    for number, path in enumerate(paths, start=1):
+    for path in paths:
         place = Path(path).expanduser()
         for file in token_files_of(place if place.is_dir() else place.parent):
             if file in found.values():
                 continue
-            name = file.name if file.name not in found else f"{file.stem}_{number}.safetensors"
-            found[name] = file
+            names = chain([file.name], (f"{file.stem}_{number}.safetensors" for number in count(2)))
+            found[next(name for name in names if name not in found)] = file
     return found
 
 
@@ -241,8 +247,8 @@ def _check(config: MergeConfig) -> None:
         raise SVDiffError("a prompt is empty: say what the concept is called")
     if config.others not in get_args(Literal["refuse", "add"]):
         raise SVDiffError(f"others {config.others!r} is not one of refuse, add")
-    if not (math.isfinite(config.caption_weight) and config.caption_weight >= 0):
-        raise SVDiffError(f"caption_weight must be a number from 0, not {config.caption_weight}")
+    if (weight := config.caption_weight) is not None and not (math.isfinite(weight) and weight > 0):
+        raise SVDiffError(f"caption_weight must be a number above 0, not {weight}")
     if config.captions is None and config.pretrained_model_name_or_path != MINIATURE:
         raise SVDiffError("captions: give a file or folder with captions of what should be drawn as before")
     if config.captions is not None:
@@ -270,19 +276,25 @@ def _read(config: MergeConfig) -> list[WeightFile] | list[DeltaFile]:
     return deltas
 
 
-def _prompts(config: MergeConfig, concepts: Sequence[WeightFile | DeltaFile]) -> list[str]:
+def _prompts(config: MergeConfig, concepts: Sequence[WeightFile | DeltaFile]) -> list[list[str]]:
+    """Of each concept."""
     if config.prompt is not None:
-        return config.prompt
-    prompts = []
+        return [[prompt] for prompt in config.prompt]
+    found = []
     for file in concepts:
         try:
             said = json.loads(file.metadata.get("instance_prompts", "[]"))
         except ValueError:
             said = []
-        if not isinstance(said, list) or len(said) != 1:
-            raise SVDiffError(f"{file.path} was trained with {len(said)} captions: say by prompt what it is called")
-        prompts.append(str(said[0]))
-    return prompts
+        if not isinstance(said, list) or not said:
+            raise SVDiffError(f"{file.path} does not tell its prompt: say by prompt what its concept is called")
+        if len(said) > 1 and isinstance(file, WeightFile) and config.caption_weight is None:
+            raise SVDiffError(
+                f"{file.path} was trained with {len(said)} captions, too many words to be answered exactly: say by "
+                "prompt what its concept is called, or give a caption_weight"
+            )
+        found.append([str(prompt) for prompt in said])
+    return found
 
 
 def _captions(config: MergeConfig) -> list[str]:
@@ -306,13 +318,17 @@ def _captions(config: MergeConfig) -> list[str]:
     return lines
 
 
-def _said(config: MergeConfig, prompts: Sequence[str]) -> dict[str, object]:
+def _said(config: MergeConfig, prompts: Sequence[Sequence[str]]) -> dict[str, object]:
     """What the file says of its origin; names of folders alone, since these are private."""
     names = [Path(path).absolute().name for path in config.ckpt]
-    return {"instance_prompts": list(prompts), "recipe": {"operation": "merge", "inputs": names}}
+    return {
+        "instance_prompts": [prompt for own in prompts for prompt in own],
+        "recipe": {"operation": "merge", "inputs": names},
+    }
 
 
 def _merge_weights(
+    config: MergeConfig,
     pipeline: Any,
     concepts: Sequence[Any],
     targets: Sequence[Tensor],
@@ -325,14 +341,21 @@ def _merge_weights(
         layers |= file.layers_of(pipeline)
     ledger, merged = _Ledger(targets, captions), {}
     start = time.perf_counter()
-    asked = torch.cat(list(targets)).double()
-    update = directions(asked, captions)
+    asked, exact = torch.cat(list(targets)).double(), config.caption_weight is None
+    if config.caption_weight is None:
+        update = directions(asked, captions)
+    else:
+        shares = shares_of(targets, captions, config.caption_weight)
     for path, layer in layers.items():
         W0 = layer.weight.detach().cpu().double()
         own = [file.weights[path].double() if path in file.weights else W0 for file in concepts]
-        values = torch.cat([c.double() @ W.T for c, W in zip(targets, own, strict=True)])
-        merged[path] = (W0 + (values - asked @ W0.T).T @ update).float()
-        ledger.enter(W0, merged[path].double() - W0, [W - W0 for W in own])
+        changes = [W - W0 for W in own]
+        if exact:
+            wanted = torch.cat([c.double() @ change.T for c, change in zip(targets, changes, strict=True)])
+            merged[path] = (W0 + wanted.T @ update).float()
+        else:
+            merged[path] = (W0 + sum(change @ one for change, one in zip(changes, shares, strict=True))).float()
+        ledger.enter(W0, merged[path].double() - W0, changes)
     seconds = time.perf_counter() - start
     metadata = {**said, "base_model": concepts[0].metadata.get("base_model", "")}
     tokens = [token for file in concepts for token in (file.told("modifier_tokens") or [])]
@@ -340,7 +363,7 @@ def _merge_weights(
         metadata["modifier_tokens"] = tokens
     hashes = custom_diffusion.hashes_of({path: layer.weight for path, layer in layers.items()})
     file = custom_diffusion.write(staging, merged, metadata, hashes=hashes)
-    return ledger.result(file, ledger.constraint_error, seconds)
+    return ledger.result(file, ledger.constraint_error if exact else None, seconds)
 
 
 def _merge_shifts(
@@ -369,13 +392,14 @@ def _merge_shifts(
     if not seeing:
         raise SVDiffError("the files shift no key or value of cross-attention: there is nothing to merge by words")
     result = blend(deltas, layout.shapes, {path: [1.0] * len(deltas) for path in chosen})
+    caption_weight = CAPTION_WEIGHT if config.caption_weight is None else config.caption_weight
     store, ledger, seconds = FactorCache(config.svd_cache_dir), _Ledger(targets, captions), 0.0
     weights = {path: weight_of(chosen[path]).detach().cpu() for path in chosen if path in seeing}
     for path, factors in store.iterate(weights, layout.rank, contents=layout.hashes):
         start = time.perf_counter()
         U, sigma, Vh = factors.U.double(), factors.sigma.double(), factors.Vh.double()
         own = [one.get(path, torch.zeros_like(sigma)).double() for one in deltas]
-        shift = merge_shifts(Vh, sigma, own, targets, captions, config.caption_weight)
+        shift = merge_shifts(Vh, sigma, own, targets, captions, caption_weight)
 
         def change(delta: Tensor, U: Tensor = U, sigma: Tensor = sigma, Vh: Tensor = Vh) -> Tensor:
             return (U * torch.maximum(delta, -sigma)) @ Vh

@@ -8,7 +8,7 @@ import scipy.optimize
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from svdiff.closed_form import directions, merge_shifts, merge_weights, summary
+from svdiff.closed_form import directions, fit_weights, merge_shifts, merge_weights, summary
 from torch import Tensor
 
 from svdiff_kernels import SVDiffError
@@ -107,6 +107,33 @@ def test_a_summary_stands_for_captions() -> None:
     torch.testing.assert_close(few.T @ few / 7, captions[:3].T @ captions[:3] / 3)
     many = captions.repeat(400, 1)  # more than are looked at at a time
     torch.testing.assert_close(summary(many).abs(), short.abs())
+
+
+@pytest.mark.parametrize("weight", [0.1, 2.0])
+def test_fitted_weights_are_the_least_square(weight: float) -> None:
+    rng = torch.Generator().manual_seed(0)
+    W0, *weights = (torch.randn(5, 7, generator=rng, dtype=torch.float64) for _ in range(4))
+    targets = [torch.randn(n, 7, generator=rng, dtype=torch.float64) for n in (1, 4, 9)]
+    captions = torch.randn(20, 7, generator=rng, dtype=torch.float64)
+    parts = [*zip(targets, weights, [1.0] * 3, strict=True), (captions, W0, weight)]
+    rows = torch.cat([words * (share / len(words)) ** 0.5 for words, _, share in parts])
+    wanted = torch.cat([words @ W.T * (share / len(words)) ** 0.5 for words, W, share in parts])
+    ridge = 1e-3 * torch.linalg.svdvals(rows)[0] * torch.eye(7, dtype=torch.float64)
+    rows, wanted = torch.cat([rows, ridge]), torch.cat([wanted, ridge @ W0.T])
+    fitted = fit_weights(W0, weights, targets, captions, weight)
+    torch.testing.assert_close(fitted, torch.linalg.lstsq(rows, wanted, driver="gelsd").solution.T)
+    torch.testing.assert_close(fit_weights(W0, weights, targets, summary(captions), weight), fitted)
+    nearly = fit_weights(W0, weights[:1], targets[2:], captions, 1e-9)  # words that span everything
+    torch.testing.assert_close(nearly, weights[0], atol=1e-4, rtol=1e-4)
+    unseen = torch.eye(7, dtype=torch.float64)[6]
+    flat = [one * (1 - unseen) for one in (captions, *targets)]
+    assert torch.equal(fit_weights(W0, weights, flat[1:], flat[0]) @ unseen, W0 @ unseen)
+    with pytest.raises(SVDiffError, match="do not fit W0"):
+        fit_weights(W0, weights, targets[:1], captions)
+    with pytest.raises(SVDiffError, match="caption_weight must be above 0"):
+        fit_weights(W0, weights, targets, captions, 0.0)
+    with pytest.raises(SVDiffError, match="must be"):
+        fit_weights(W0, weights, [one[:, :3] for one in targets], captions)
 
 
 def shift_problem(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor], Tensor]:

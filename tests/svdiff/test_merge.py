@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from svdiff import MergeConfig, checkpoint, custom_diffusion, merge
 from svdiff.cli import main
-from svdiff.merge import learn_tokens, merge_shifts, target_words, text_features, token_files
+from svdiff.merge import fit_weights, learn_tokens, merge_shifts, target_words, text_features, token_files
 from svdiff.pipelines import load_pipeline
 from svdiff.targets import select
 from svdiff.training.families import family_of
@@ -29,12 +29,12 @@ def layers_of(pipeline: Any) -> dict[str, Any]:
     return select(pipeline.unet, "cross_attn_kv", one_dim=False)
 
 
-def weights(base: Any, folder: Path, seed: int, prompt: str | None = None, size: float = 0.3) -> str:
+def weights(base: Any, folder: Path, seed: int, prompts: list[str] | None = None, size: float = 0.3) -> str:
     """A folder with Custom Diffusion's weights."""
     pipeline, rng = load_pipeline(str(base)), torch.Generator().manual_seed(seed)
     originals = {path: layer.weight.detach() for path, layer in layers_of(pipeline).items()}
     trained = {path: one + size * torch.randn(one.shape, generator=rng) for path, one in originals.items()}
-    said = {"base_model": "tiny"} | ({"instance_prompts": [prompt]} if prompt else {})
+    said = {"base_model": "tiny"} | ({"instance_prompts": prompts} if prompts else {})
     custom_diffusion.write(folder, trained, said, hashes=custom_diffusion.hashes_of(originals))
     return str(folder)
 
@@ -91,13 +91,13 @@ def test_text_features_of_two_encoders(base_of: Any) -> None:
 
 def test_words_of_a_concept_are_those_after_what_all_share(pipeline: Any) -> None:
     features = text_features(family_of(pipeline), PROMPTS)
-    own = target_words(features, PROMPTS)
+    own = target_words([[one] for one in features], [[prompt] for prompt in PROMPTS])
     for found, whole in zip(own, features, strict=True):
         assert len(whole) == 5 and torch.equal(found, whole[2:])  # start, a | s, t, end
-    (alone,) = target_words(features[:1], PROMPTS[:1])
-    assert torch.equal(alone, features[0][1:])
+    (alone,) = target_words([features], [PROMPTS])  # one concept, two prompts
+    assert torch.equal(alone, torch.cat([features[0][1:], features[1][1:]]))
     with pytest.raises(SVDiffError, match="prompt 'a s t' has no word of its own"):
-        target_words([features[0], features[0]], PROMPTS)
+        target_words([features[:1], features], [PROMPTS[:1], PROMPTS])
 
 
 def test_merged_weights_answer_as_each_concept_does(base: Path, pipeline: Any, tmp_path: Path, captions: str) -> None:
@@ -122,7 +122,10 @@ def test_merged_weights_answer_as_each_concept_does(base: Path, pipeline: Any, t
     assert result.merged.target_error < 1e-3 < result.added.target_error
     said = json.loads((tmp_path / "out" / "run.json").read_text())
     assert said["command"] == "merge" and said["merged"]["drift"] == result.merged.drift
-    assert said["prompts"] == PROMPTS and said["added"]["target_error"] == result.added.target_error
+    assert (
+        said["prompts"] == [[prompt] for prompt in PROMPTS]
+        and said["added"]["target_error"] == result.added.target_error
+    )
     assert merged.told("recipe") == {"operation": "merge", "inputs": ["one", "two"]}
     assert merged.told("instance_prompts") == PROMPTS
     custom_diffusion.load(pipeline, tmp_path / "out")  # and it is for this base
@@ -130,7 +133,7 @@ def test_merged_weights_answer_as_each_concept_does(base: Path, pipeline: Any, t
 
 
 def test_prompts_and_captions_from_files(base: Path, tmp_path: Path, captions: str) -> None:
-    folders = [weights(base, tmp_path / f"{i}", i, prompt) for i, prompt in enumerate(PROMPTS)]
+    folders = [weights(base, tmp_path / f"{i}", i, [prompt]) for i, prompt in enumerate(PROMPTS)]
     told = run(folders, base, tmp_path / "told", captions)
     lines = [json.dumps({"file_name": f"{i}.png", "text": caption}) for i, caption in enumerate(CAPTIONS)]
     (tmp_path / "photos").mkdir()
@@ -139,6 +142,23 @@ def test_prompts_and_captions_from_files(base: Path, tmp_path: Path, captions: s
     assert found.merged == told.merged
     tensors = load_file(found.path)
     assert all(torch.equal(one, tensors[key]) for key, one in load_file(told.path).items())
+
+
+def test_weights_by_least_squares(base: Path, pipeline: Any, tmp_path: Path, captions: str) -> None:
+    prompts = [["a s t", "a s on a t"], ["a z t", "a q z t by a t", "a z"]]  # more words than features have numbers
+    folders = [weights(base, tmp_path / f"{i}", i, own) for i, own in enumerate(prompts)]
+    with pytest.raises(SVDiffError, match="was trained with 2 captions, too many words to be answered exactly"):
+        run(folders, base, tmp_path / "out", captions, prompt=None)
+    result = run(folders, base, tmp_path / "out", captions, prompt=None, caption_weight=0.3)
+    assert result.constraint_error is None
+    assert result.merged.target_error < result.added.target_error and result.merged.drift < result.added.drift
+    words = target_words([[seen(pipeline, prompt) for prompt in own] for own in prompts], prompts)
+    assert sum(map(len, words)) > words[0].shape[1]
+    text = torch.cat([seen(pipeline, caption) for caption in CAPTIONS])
+    merged, own = custom_diffusion.read(result.path), [custom_diffusion.read(folder) for folder in folders]
+    for path, layer in layers_of(pipeline).items():
+        expected = fit_weights(layer.weight.detach(), [one.weights[path] for one in own], words, text, 0.3)
+        torch.testing.assert_close(merged.weights[path].double(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_merged_shifts_are_of_the_closed_form(base: Path, pipeline: Any, tmp_path: Path, captions: str) -> None:
@@ -218,11 +238,11 @@ def test_learned_tokens_are_read_and_go_along(base: Path, pipeline: Any, tmp_pat
         ({"ckpt": []}, "there is nothing to merge"),
         ({"prompt": ["a s"]}, "prompt: 1 for 2 of ckpt"),
         ({"prompt": ["a s", " "]}, "a prompt is empty"),
-        ({"prompt": None}, "was trained with 0 captions: say by prompt what it is called"),
+        ({"prompt": None}, "does not tell its prompt: say by prompt what its concept is called"),
         ({"prompt": ["a s t", "a s t"]}, "prompt 'a s t' has no word of its own"),
         ({"prompt": ["a b c d e f g h", "z y x w v u"]}, "target words are more than text features have numbers"),
         ({"others": "drop"}, "others 'drop' is not one of refuse, add"),
-        ({"caption_weight": -1.0}, "caption_weight must be a number from 0"),
+        ({"caption_weight": 0.0}, "caption_weight must be a number above 0"),
         ({"captions": None}, "captions: give a file or folder"),
         ({"captions": "nowhere"}, "cannot read captions in nowhere"),
         ({"captions": "empty.txt"}, "empty.txt has no captions"),
