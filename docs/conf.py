@@ -48,6 +48,7 @@ docs/ui
 docs/peft
 docs/compat
 docs/exports
+docs/evaluation
 examples/README
 examples/vit/README
 examples/lightning/README
@@ -63,6 +64,7 @@ docs/performance
 
 docs/reference/svdiff_kernels
 docs/reference/svdiff
+docs/reference/evaluation
 docs/reference/peft
 docs/reference/compat
 ```

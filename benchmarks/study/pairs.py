@@ -85,9 +85,9 @@ def judged(pipeline: Any, task: Task, folder: Path, name: str = "pair") -> Figur
     """All marks of what a pipeline knows of two subjects; pictures are kept in a folder."""
     found: Figures = {}
     for mark, elsewhere in (("both_in_place", False), ("both_elsewhere", True)):
-        prompts, scenes = zip(*task.pairs(_PROMPTS, elsewhere=elsewhere), strict=True)
+        prompts, pairs = zip(*task.pairs(_PROMPTS, elsewhere=elsewhere), strict=True)
         images = task.draw(pipeline, prompts)
-        found[mark] = both_in_place(images, scenes)
+        found[mark] = both_in_place(images, pairs)
         save_picture(grid(images, 8), folder / f"{name}_{mark}.png")
     scenes, others = task.new_scenes(_PROMPTS), task.other_scenes(_PROMPTS)
     found["agreeing"] = agreeing(task.draw(pipeline, [task.prompt(scene) for scene in scenes]), scenes)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .attach import attach, load
     from .combine import CombineConfig, CombineResult, combine
     from .edit import EditConfig, EditResult, edit
+    from .evaluate import EvaluateConfig, EvaluateResult, evaluate
     from .export import ExportConfig, ExportResult, export
     from .extract import ExtractConfig, ExtractResult, extract
     from .generate import GenerateConfig, GenerateResult, generate
@@ -32,6 +33,8 @@ __all__ = [
     "CombineResult",
     "EditConfig",
     "EditResult",
+    "EvaluateConfig",
+    "EvaluateResult",
     "ExportConfig",
     "ExportResult",
     "ExtractConfig",
@@ -45,6 +48,7 @@ __all__ = [
     "attach",
     "combine",
     "edit",
+    "evaluate",
     "export",
     "extract",
     "generate",
@@ -61,6 +65,7 @@ _HOMES = {
     "load": "attach",
     **dict.fromkeys(("CombineConfig", "CombineResult", "combine"), "combine"),
     **dict.fromkeys(("EditConfig", "EditResult", "edit"), "edit"),
+    **dict.fromkeys(("EvaluateConfig", "EvaluateResult", "evaluate"), "evaluate"),
     **dict.fromkeys(("ExportConfig", "ExportResult", "export"), "export"),
     **dict.fromkeys(("ExtractConfig", "ExtractResult", "extract"), "extract"),
     **dict.fromkeys(("GenerateConfig", "GenerateResult", "generate"), "generate"),

@@ -55,6 +55,12 @@ COMMANDS = {
     "extract": Command(
         "the shifts nearest to a fine-tuned model or a LoRA", "svdiff.extract", "ExtractConfig", "extract", ("source",)
     ),
+    "evaluate": Command(
+        "measure pictures: alignment with text and subject, KID, FID, diversity, drift",
+        "svdiff.evaluate",
+        "EvaluateConfig",
+        "evaluate",
+    ),
     "demo": Command("the whole job in minutes on the built-in miniature model", "svdiff.demo", "DemoConfig", "demo"),
     "bench": Command("measure against what else could be used", "svdiff.bench", "BenchConfig", "bench", ("level",)),
     "cache": Command(

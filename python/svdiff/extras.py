@@ -11,6 +11,7 @@ _EXTRAS = {
     ),
     "peft": "peft",
     "gradio": "ui",
+    "matplotlib": "evaluate",
 }
 
 

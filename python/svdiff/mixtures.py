@@ -9,8 +9,8 @@ from pathlib import Path
 from svdiff_kernels import SVDiffError
 
 
-def named_paths(given: str | Sequence[str]) -> dict[str, str]:
-    """Adapters by name: each is ``name=path``, or a path whose last part is the name.
+def named_paths(given: str | Sequence[str], what: str = "adapter") -> dict[str, str]:
+    """Adapters, or what else they are, by name: each is ``name=path``, or a path whose last part is the name.
 
     Raises:
         SVDiffError: two have one name, or a name could not be written in a mixture.
@@ -21,9 +21,9 @@ def named_paths(given: str | Sequence[str]) -> dict[str, str]:
         if not equals:
             name, path = Path(text).expanduser().absolute().name.removesuffix(".safetensors"), text
         if not name or not path or set(name) & set(":,"):
-            raise SVDiffError(f"{text!r}: an adapter is given as name=path, with neither ':' nor ',' in the name")
+            raise SVDiffError(f"{text!r}: each {what} is given as name=path, with neither ':' nor ',' in the name")
         if name in found:
-            raise SVDiffError(f"two adapters are called {name!r} ({found[name]}, {path}): say name=path")
+            raise SVDiffError(f"two {what}s are called {name!r} ({found[name]}, {path}): say name=path")
         found[name] = path
     return found
 

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 import svdiff
+from PIL import Image
+from svdiff.evaluation import load_clip
+from tiny_encoders import pattern, save_tiny_clip
 from tiny_peft import tiny_llama
 from tiny_pipelines import PIPELINES
 
@@ -48,11 +51,19 @@ def for_peft(pipeline: Any, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     return {"model": tiny_llama(), "base": tiny_llama()}
 
 
+def for_evaluation(pipeline: Any, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    patch.setattr("svdiff.evaluation.load_clip", lambda name: load_clip(str(save_tiny_clip(Path("clip")))))
+    pictures = [Image.fromarray(pattern(32, i)) for i in range(12)]
+    prompts = ["a dog", "a dog", "a cat", "a cat"]
+    return {"our_pictures": pictures[:4], "their_pictures": pictures[4:8], "photos": pictures[8:], "prompts": prompts}
+
+
 GIVEN: dict[str, Callable[[Any, pytest.MonkeyPatch], dict[str, Any]]] = {
     "README.md": for_readme,
     "docs/inference.md": for_inference,
     "docs/merging.md": for_merging,
     "docs/compat.md": for_compat,
+    "docs/evaluation.md": for_evaluation,
     "docs/peft.md": for_peft,
 }
 """What each file's snippets, run one after the other, take for granted."""

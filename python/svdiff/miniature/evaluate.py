@@ -1,4 +1,4 @@
-"""How well the miniature draws what it is asked for: `python -m svdiff.miniature.evaluate`."""
+"""How well the miniature draws what it is asked for, and its judges judge: `python -m svdiff.miniature.evaluate`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from transformers import HfArgumentParser
 
 from ..sampling import sample
 from . import load_pipeline, recogniser, world
+from .encoder import load_encoder, retrieval
 
 STEPS = 20
 GUIDANCE = 2.5
@@ -34,10 +35,14 @@ def main() -> None:
     parser = HfArgumentParser(EvaluateConfig, prog="python -m svdiff.miniature.evaluate")
     (config,) = parser.parse_args_into_dataclasses()
     pipeline = load_pipeline()
+    encoder, processor = load_encoder()
+    right_caption, right_picture = retrieval(encoder, processor.tokenizer, scenes=config.prompts)
     figures = {
         "recogniser_accuracy": recogniser_accuracy(config.scenes),
         "agreement_one_object": agreement(pipeline, 1, config.prompts),
         "agreement_two_objects": agreement(pipeline, 2, config.prompts),
+        "encoder_right_caption": right_caption,
+        "encoder_right_picture": right_picture,
         "prompts": config.prompts,
     }
     print(json.dumps(figures, indent=2))
