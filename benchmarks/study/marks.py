@@ -1,4 +1,4 @@
-"""What pictures are worth: by the recogniser, which reads them by rule, and by the miniature's encoder, in CLIP's place."""
+"""What pictures are worth: by the recogniser, which reads them by rule, and by the encoder that stands in for CLIP."""
 
 from __future__ import annotations
 

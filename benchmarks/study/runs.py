@@ -1,4 +1,4 @@
-"""Runs: each a process of its own, which leaves pictures and facts in a folder, and a line of figures in the results."""
+"""Runs: each a process of its own, which leaves pictures in a folder, and a line of figures in the results."""
 
 from __future__ import annotations
 
