@@ -44,6 +44,7 @@ PAGES = """
 docs/training
 docs/inference
 docs/merging
+docs/stylize
 docs/ui
 docs/peft
 docs/compat

@@ -79,6 +79,21 @@ def tiny_vae(**changes: Any) -> Any:
     return AutoencoderKL(**{**config, **changes}).eval()
 
 
+def tiny_clip() -> Any:
+    """CLIP, for its image encoder: 16 pixels in patches of 8."""
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(4)
+    narrow = {"intermediate_size": 18, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return CLIPModel(
+        CLIPConfig(
+            text_config={"vocab_size": 64, "hidden_size": 12, "max_position_embeddings": 16, **narrow},
+            vision_config={"hidden_size": 20, "image_size": RESOLUTION, "patch_size": 8, **narrow},
+            projection_dim=14,
+        )
+    ).eval()
+
+
 def tiny_pipeline(folder: Path) -> Any:
     """The whole pipeline, as `from_pretrained` would give it."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline

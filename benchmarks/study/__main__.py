@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from . import pairs, subjects
@@ -35,7 +36,7 @@ def main() -> int:
     for several in (False, True):
         prepare(options.work, options.seeds, several=several)
     cases = {"subjects": subjects.SUBJECTS, "layers": ("mushroom", "robot"), "rates": ("robot",), "pairs": pairs.PAIRS}
-    contenders = {**subjects.CASES, "pairs": pairs.WAYS}
+    contenders: dict[str, Iterable[str]] = {**subjects.CASES, "pairs": pairs.WAYS}
     runs = []
     for name in options.only:
         runs += all_of(name, options.contenders or contenders[name], list(cases[name]), options.seeds)

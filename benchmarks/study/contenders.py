@@ -96,3 +96,34 @@ RATES: dict[str, Contender] = {
     for name, (contender, rates) in _TRIED.items()
     for rate in rates
 }
+
+_STYLE_WORD: dict[str, Any] = {"modifier_token": ["<style>"], "initializer_token": ["style"]}
+_LOOKING: dict[str, Any] = {**_STYLE_WORD, "image_encoder": "miniature", "learning_rate_tokens": 1e-3}
+_STYLE_SHIFTS: dict[str, Any] = {"learning_rate": 5e-3, "learning_rate_1d": 5e-3}
+
+STYLISTS: dict[str, Contender] = {
+    "svd_inst": Contender("SVD-InST", {**_LOOKING, **_STYLE_SHIFTS}, new_words=True),
+    "inst": Contender("InST", {**_LOOKING, "method": "textual_inversion"}, new_words=True),
+    "inversion": Contender(
+        "textual inversion",
+        {**_STYLE_WORD, "method": "textual_inversion", "learning_rate": 1e-2},
+        new_words=True,
+    ),
+    "shifts": Contender("shifts (SVDiff)", _STYLE_SHIFTS),
+    "lora4": LORA_4,
+    "full": FULL,
+    "custom": Contender(
+        CUSTOM.label,
+        {**CUSTOM.settings, **_STYLE_WORD},
+        new_words=True,
+    ),
+}
+"""Of a style; none preserves a prior, and text encoders stay as they are."""
+
+EDITORS: dict[str, Contender | None] = {
+    "none": None,
+    "shifts": SHIFTS,
+    "lora4": Contender(LORA_4.label, LORA_4.settings),
+    "full": FULL,
+}
+"""Of one picture. `None` has not learnt it."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .extract import ExtractConfig, ExtractResult, extract
     from .generate import GenerateConfig, GenerateResult, generate
     from .merge import MergeConfig, MergeResult, merge
+    from .stylize import StylizeConfig, StylizeResult, stylize
     from .tokens import load_tokens, save_tokens
     from .train import TrainConfig, TrainResult, train
 
@@ -43,6 +44,8 @@ __all__ = [
     "GenerateResult",
     "MergeConfig",
     "MergeResult",
+    "StylizeConfig",
+    "StylizeResult",
     "TrainConfig",
     "TrainResult",
     "attach",
@@ -56,6 +59,7 @@ __all__ = [
     "load_tokens",
     "merge",
     "save_tokens",
+    "stylize",
     "train",
 ]
 
@@ -70,6 +74,7 @@ _HOMES = {
     **dict.fromkeys(("ExtractConfig", "ExtractResult", "extract"), "extract"),
     **dict.fromkeys(("GenerateConfig", "GenerateResult", "generate"), "generate"),
     **dict.fromkeys(("MergeConfig", "MergeResult", "merge"), "merge"),
+    **dict.fromkeys(("StylizeConfig", "StylizeResult", "stylize"), "stylize"),
     **dict.fromkeys(("load_tokens", "save_tokens"), "tokens"),
     **dict.fromkeys(("TrainConfig", "TrainResult", "train"), "train"),
 }

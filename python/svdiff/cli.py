@@ -35,6 +35,7 @@ COMMANDS = {
     "train": Command("teach a model a subject from a few pictures", "svdiff.train", "TrainConfig", "train"),
     "generate": Command("make pictures, with or without shifts", "svdiff.generate", "GenerateConfig", "generate"),
     "edit": Command("change one picture by words", "svdiff.edit", "EditConfig", "edit"),
+    "stylize": Command("draw pictures in a style that was learnt", "svdiff.stylize", "StylizeConfig", "stylize"),
     "combine": Command(
         "make shifts of shifts: add, scale, interpolate, mix by layers",
         "svdiff.combine",

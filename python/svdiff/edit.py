@@ -27,7 +27,7 @@ from .progress import progress_options
 from .sampling import WantedPicture, grid, save_picture, save_pictures, wanted_pictures
 from .termination import exit_if_told
 from .train import TrainConfig, train
-from .training.data import Picture, load_picture
+from .training.data import Picture, centre_of, load_picture
 
 StartFrom = Literal["inversion", "image", "noise"]
 
@@ -110,7 +110,7 @@ def edit(config: EditConfig) -> EditResult:
             shifts = str(_learn(config, staging / SHIFTS))
         pipeline = load_pipeline(config.pretrained_model_name_or_path)
         side = config.resolution or default_resolution(pipeline)
-        original = _centre(load_picture(_picture(config), [(side, side)]).image, side)
+        original = centre_of(load_picture(_picture(config), [(side, side)]).image, side)
         adapter = load(pipeline, shifts, cache=FactorCache(config.svd_cache_dir))
         adapter.set_adapters("default", config.spectral_shifts_scale)
         pipeline.to(device_of_choice())
@@ -286,9 +286,3 @@ def check(config: EditConfig) -> None:
 
 def _picture(config: EditConfig) -> Picture:
     return Picture(Path(config.image).expanduser(), config.prompt)
-
-
-def _centre(image: Image.Image, side: int) -> Image.Image:
-    """What of the picture has been learnt."""
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))

@@ -13,7 +13,6 @@ from typing import Literal
 
 from svdiff_kernels import SVDiffError
 
-from .evaluation.encoders import MINIATURE
 from .evaluation.measuring import MEASURES, Entry, Measurement, Networks
 from .evaluation.obstacles import obstacle
 from .evaluation.pictures import Judged, check_pairs, judged_pictures
@@ -21,6 +20,7 @@ from .evaluation.table import KINDS, Figure, text_table
 from .extras import lacking
 from .generate import GenerateConfig, generate
 from .generate import check as check_drawing
+from .miniature import NAME as MINIATURE
 from .mixtures import named_paths
 from .outputs import run_directory, write_run_file, writing
 from .sampling import wanted_pictures
@@ -28,7 +28,7 @@ from .sampling import wanted_pictures
 BASE = "base"
 """What the entry of a base model without shifts is called."""
 
-_DRAWN = "pictures"  # folder in output_dir, with a folder for each entry
+_DRAWN, _CLASS_DRAWN = "pictures", "class_pictures"  # folders in output_dir, with a folder for each entry
 
 
 @dataclass
@@ -88,7 +88,9 @@ class EvaluateConfig:
     svd_cache_dir: str | None = field(default=None, metadata={"help": "as of svdiff generate"})
 
     confidence: float = field(default=0.95, metadata={"help": "of the intervals"})
-    resamples: int = field(default=1000, metadata={"help": "of the pictures, for the intervals (FID: at most 200)"})
+    resamples: int = field(
+        default=1000, metadata={"help": "of the pictures, for the intervals (FID, which is slow, at most 200)"}
+    )
     seed: int = field(default=0, metadata={"help": "of the first picture drawn, and of the resamples"})
     batch_size: int = field(default=16, metadata={"help": "pictures at a time"})
     device: str = field(default="auto", metadata={"help": "cpu, cuda, ...; auto: the accelerator, if there is one"})
@@ -131,9 +133,10 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     with run_directory(config.output_dir, overwrite=config.overwrite) as staging:
         networks = Networks(config, clip_of(config))
         if draws:
-            for drawing in _drawings(config, staging / _DRAWN).values():
-                generate(drawing)
-            entries, base = _planned(config, staging / _DRAWN)
+            for drawings in _drawings(config, staging).values():
+                for drawing in drawings:
+                    generate(drawing)
+            entries, base = _planned(config, staging)
         figures = [
             figure
             for entry in entries
@@ -196,8 +199,9 @@ def check(config: EvaluateConfig) -> None:
     if draws:
         if not config.prompt:
             raise SVDiffError("prompt is missing: what is to be drawn?")
-        for drawing in _drawings(config, Path("unused")).values():
-            check_drawing(drawing)
+        for drawings in _drawings(config, Path()).values():
+            for drawing in drawings:
+                check_drawing(drawing)
 
 
 def clip_of(config: EvaluateConfig) -> str | None:
@@ -226,34 +230,43 @@ def _given(config: EvaluateConfig) -> tuple[list[Entry], list[Judged]]:
 def _planned(config: EvaluateConfig, folder: Path) -> tuple[list[Entry], list[Judged]]:
     """The pictures that are to be drawn of the base model and of each delta file, and the base's class pictures."""
     entries = []
-    for name, drawing in _drawings(config, folder).items():
-        wanted = wanted_pictures(drawing.prompt, drawing.num_images_per_prompt, drawing.seed)
-        found = [Judged(folder / name / picture.file, picture.prompt, picture.seed) for picture in wanted]
-        count = len(config.prompt or []) * config.num_images_per_prompt
-        entries.append(Entry(name, found[:count], found[count:]))
+    for name, drawings in _drawings(config, folder).items():
+        found = [_pictures_of(drawing) for drawing in drawings]
+        entries.append(Entry(name, found[0], found[1] if len(found) > 1 else []))
     return entries, entries[0].class_pictures
 
 
-def _drawings(config: EvaluateConfig, folder: Path) -> dict[str, GenerateConfig]:
+def _pictures_of(drawing: GenerateConfig) -> list[Judged]:
+    wanted = wanted_pictures(drawing.prompt, drawing.num_images_per_prompt, drawing.seed)
+    return [Judged(Path(drawing.output_dir) / picture.file, picture.prompt, picture.seed) for picture in wanted]
+
+
+def _drawings(config: EvaluateConfig, folder: Path) -> dict[str, list[GenerateConfig]]:
+    """What is to be drawn for each entry, from the same prompts and seeds: pictures, and class pictures if asked."""
     shifts = named_paths(config.spectral_shifts_ckpt or [])
     if BASE in shifts:
         raise SVDiffError(f"{BASE!r} is the name of the model without shifts: say name=path for {shifts[BASE]}")
+    wanted = {_DRAWN: config.prompt, _CLASS_DRAWN: config.class_prompt}
     return {
-        name: GenerateConfig(
-            config.pretrained_model_name_or_path or "",
-            [*(config.prompt or []), *(config.class_prompt or [])],
-            output_dir=str(folder / name),
-            spectral_shifts_ckpt=None if path is None else [path],
-            num_images_per_prompt=config.num_images_per_prompt,
-            batch_size=config.batch_size,
-            num_inference_steps=config.num_inference_steps,
-            guidance_scale=config.guidance_scale,
-            scheduler_type=config.scheduler_type,
-            seed=config.seed,
-            dtype=config.dtype,
-            device=config.device,
-            svd_cache_dir=config.svd_cache_dir,
-        )
+        name: [
+            GenerateConfig(
+                config.pretrained_model_name_or_path or "",
+                prompts,
+                output_dir=str(folder / kind / name),
+                spectral_shifts_ckpt=None if path is None else [path],
+                num_images_per_prompt=config.num_images_per_prompt,
+                batch_size=config.batch_size,
+                num_inference_steps=config.num_inference_steps,
+                guidance_scale=config.guidance_scale,
+                scheduler_type=config.scheduler_type,
+                seed=config.seed,
+                dtype=config.dtype,
+                device=config.device,
+                svd_cache_dir=config.svd_cache_dir,
+            )
+            for kind, prompts in wanted.items()
+            if prompts
+        ]
         for name, path in ({BASE: None} | shifts).items()
     }
 

@@ -39,6 +39,7 @@ class LearnedTokens(nn.Module):
     Attributes:
         vectors: ``[n, dim]``, of all new words one after the other; in the encoder's dtype, or in fp32 to be trained.
         spans: by token, which of them are its own.
+        network: gives what the words stand for, in place of `vectors`, while it trains; see `invert_by`.
 
     Args:
         encoder: of transformers, with a table of input embeddings. It gets these as a submodule.
@@ -55,6 +56,8 @@ class LearnedTokens(nn.Module):
         width = _width(encoder)
         self.vectors = nn.Parameter(table.new_empty(0, width), requires_grad=False)
         self.spans: dict[str, slice] = {}
+        self.network: nn.Module | None = None
+        self._given: tuple[Tensor, ...] = ()  # to the network; no buffers, which a narrower dtype would round
         self._first = first
         holder.register_forward_pre_hook(self._embed, with_kwargs=True)
         holder.add_module(_ATTRIBUTE, self)
@@ -63,12 +66,17 @@ class LearnedTokens(nn.Module):
         """Another word, ``[n, dim]``; what an optimiser holds of `vectors` is no longer of use."""
         start = len(self.vectors)
         self.spans[token] = slice(start, start + len(vectors))
-        grown = torch.cat([self.vectors.data, vectors.to(self.vectors)])
+        grown = torch.cat([self.now().detach().to(self.vectors), vectors.to(self.vectors)])
         self.vectors = nn.Parameter(grown, requires_grad=self.vectors.requires_grad)
+        self.network = None
+
+    def invert_by(self, network: nn.Module, *given: Tensor) -> None:
+        """From now on the words stand for what a network makes of their vectors and of `given`."""
+        self.network, self._given = network, (self.vectors.detach().clone(), *given)
 
     def now(self) -> Tensor:
         """``[n, dim]``: what the words stand for."""
-        return self.vectors
+        return self.vectors if self.network is None else self.network(*self._given)
 
     def _embed(self, holder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before the holder looks ids up: it is given embeddings instead."""
@@ -159,8 +167,13 @@ def vectors_of(pipeline: Any) -> dict[str, dict[str, Tensor]]:
     found: dict[str, dict[str, Tensor]] = {}
     for name, encoder in text_encoders_of(pipeline).items():
         learned = learned_tokens(encoder)
-        for token, span in learned.spans.items() if learned else ():
-            found.setdefault(token, {})[name] = learned.now()[span].detach().float().cpu()  # type: ignore[union-attr]
+        if learned is not None:
+            training = learned.training
+            with torch.no_grad():
+                vectors = learned.eval().now().float().cpu()  # without the dropout of a network in training
+            learned.train(training)
+            for token, span in learned.spans.items():
+                found.setdefault(token, {})[name] = vectors[span].clone()
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -24,7 +24,7 @@ from .termination import deferred_exit
 from .training import state
 from .training.concepts import concepts_of, instance_pictures
 from .training.config import TrainConfig, check
-from .training.data import Size, buckets_of, load_picture
+from .training.data import Picture, Size, buckets_of, load_picture
 from .training.families import Family, family_of
 from .training.host import make_host, start_trackers
 from .training.hub import push, write_model_card
@@ -108,7 +108,7 @@ def train(config: TrainConfig) -> TrainResult:
         else:
             classes = classes_of(config, host, family.pipeline, concepts, directory / CLASS_PICTURES)
         check_same(host, "pictures", [(p.path.name, p.caption) for pool in (*instances, *classes) for p in pool])
-        method = _prepared(config, family, host.device)
+        method = _prepared(config, family, host.device, [picture for pictures in instances for picture in pictures])
         objective = make_objective(config, host, family, concepts, instances, classes, buckets, method.readers.keys())
         for model in method.models if config.shard_factors else []:
             shard_frozen(model, host.device)
@@ -200,12 +200,12 @@ def _load(config: TrainConfig) -> Family:
     return family
 
 
-def _prepared(config: TrainConfig, family: Family, device: torch.device) -> Method:
+def _prepared(config: TrainConfig, family: Family, device: torch.device, pictures: Sequence[Picture]) -> Method:
     """The models are where they compute, and what trains is in them."""
     for part in family.pipeline.components.values():
         if isinstance(part, nn.Module):  # a denoiser to be sharded waits: there may be no room for all of it
             part.to("cpu" if config.shard_factors and part is family.denoiser else device)
-    method = METHODS[config.method](config, family)
+    method = METHODS[config.method](config, family, pictures)
     if config.init_from is not None:
         method.start_from(Path(config.init_from).expanduser())
     if config.mixed_precision != "no":

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import svdiff
+import torch
 from PIL import Image
 from svdiff.evaluation import load_clip
 from tiny_encoders import pattern, save_tiny_clip
@@ -39,6 +40,13 @@ def for_inference(pipeline: Any, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     return {"svdiff": svdiff, "pipe": pipeline, **prompts}
 
 
+def for_stylize(pipeline: Any, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    shifts(pipeline, "my-style")
+    svdiff.save_tokens("my-style", {"<style>": {"text_encoder": torch.ones(1, 12)}})
+    Image.new("RGB", (16, 16), "red").save("photo.png")
+    return {"pipe": pipeline}
+
+
 def for_compat(pipeline: Any, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     return {}
 
@@ -62,6 +70,7 @@ GIVEN: dict[str, Callable[[Any, pytest.MonkeyPatch], dict[str, Any]]] = {
     "README.md": for_readme,
     "docs/inference.md": for_inference,
     "docs/merging.md": for_merging,
+    "docs/stylize.md": for_stylize,
     "docs/compat.md": for_compat,
     "docs/evaluation.md": for_evaluation,
     "docs/peft.md": for_peft,

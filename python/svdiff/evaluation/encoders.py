@@ -14,14 +14,12 @@ from torch import Tensor
 
 from svdiff_kernels import SVDiffError
 
+from ..miniature import NAME as MINIATURE
 from ..pipelines import loading
 from ..termination import exit_if_told
 from .inception import InceptionV3, load_inception_weights
 from .pictures import Judged, open_picture
 from .preparation import image_processor
-
-MINIATURE = "miniature"
-"""Where a CLIP model is asked for, the miniature's own encoder."""
 
 Pictures = Sequence[Judged | Path | Image.Image]
 

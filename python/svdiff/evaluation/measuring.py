@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..miniature import NAME as MINIATURE
 from ..pipelines import device_of_choice
 from . import metrics
-from .encoders import MINIATURE, Encoder, load_clip, load_dino, load_inception
+from .encoders import Encoder, load_clip, load_dino, load_inception
 from .intervals import Metric, estimate
 from .lpips import load_lpips
 from .pictures import Judged, open_picture

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .encoders import MINIATURE
+from ..miniature import NAME as MINIATURE
 from .measuring import Entry
 from .pictures import Judged
 
@@ -54,6 +54,8 @@ def obstacle(
         return "no reference_dir is given"
     if is_class and not base:
         return "there are no class pictures"
+    if metric in ("drift", "class_kid", "class_fid") and all(entry.class_pictures is base for entry in entries):
+        return "there is no model but the base"
     if metric in ("kid", "fid", "class_kid", "class_fid"):
         others = base if is_class else references
         for name, count in (*((name, len(one)) for name, one in judged), ("what they are compared with", len(others))):

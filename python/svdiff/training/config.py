@@ -93,6 +93,13 @@ class TrainConfig:
     initializer_token: list[str] | None = _flag(None, "a known word for each of them to begin with, such as dog")
     num_vectors: int = _flag(1, "embeddings that a new word stands for")
     learning_rate_tokens: float | None = _flag(None, "of new words' embeddings; default: learning_rate")
+    image_encoder: str | None = _flag(
+        None,
+        "a CLIP (folder, hub id, or miniature): what it sees in the pictures is made the new word's embedding by a "
+        "network, which trains instead (InST)",
+    )
+    inversion_layers: int = _flag(2, "layers of cross-attention in that network")
+    inversion_dropout: float = _flag(0.05, "of that network, while it trains")
     targets: str = _flag(
         "all", "all, attention, cross_attn, cross_attn_kv, up, down, mid, or a regular expression of paths"
     )
@@ -189,7 +196,7 @@ _AT_LEAST_ONE = """
 num_class_images sample_batch_size prior_generation_num_inference_steps train_batch_size max_train_steps
 gradient_accumulation_steps validation_steps num_validation_images validation_num_inference_steps lora_rank
 repeats checkpointing_steps num_train_epochs checkpoints_total_limit resolution rank max_sequence_length lr_num_cycles
-num_vectors
+num_vectors inversion_layers
 """.split()  # noqa: SIM905
 _NOT_NEGATIVE = """
 learning_rate learning_rate_1d learning_rate_tokens text_encoder_lr prior_loss_weight adam_weight_decay max_grad_norm
@@ -253,7 +260,7 @@ def _check_numbers(config: TrainConfig) -> None:
     for name in ("cut_mix_probability", "ema_decay"):
         if not 0 <= getattr(config, name) <= 1:
             raise SVDiffError(f"{name} must be from 0 to 1, not {getattr(config, name)}")
-    for name in ("adam_beta1", "adam_beta2"):
+    for name in ("adam_beta1", "adam_beta2", "inversion_dropout"):
         if not 0 <= getattr(config, name) < 1:
             raise SVDiffError(f"{name} must be at least 0 and below 1, not {getattr(config, name)}")
     if not -1 <= config.real_prior_min_similarity <= 1:
@@ -344,6 +351,13 @@ def _check_tokens(config: TrainConfig) -> None:
         )
     if not tokens and (config.num_vectors != 1 or config.learning_rate_tokens is not None):
         raise SVDiffError("num_vectors and learning_rate_tokens are of a modifier_token")
+    if config.image_encoder is not None and len(tokens) != 1:
+        raise SVDiffError(f"image_encoder needs one modifier_token, such as <style>, not {len(tokens)}")
+    if config.image_encoder is not None and config.init_from is not None:
+        raise SVDiffError("image_encoder and init_from exclude each other: a network begins with initializer_token")
+    for name, default in (("inversion_layers", 2), ("inversion_dropout", 0.05)):
+        if config.image_encoder is None and getattr(config, name) != default:
+            raise SVDiffError(f"{name} is of a network that image_encoder asks for")
     for token in tokens:
         if not token.strip() or token.split() != [token]:
             raise SVDiffError(f"modifier_token {token!r} is no single word: choose one such as <new1>")

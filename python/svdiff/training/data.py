@@ -59,15 +59,28 @@ def find_pictures(directory: str | Path, prompt: str | None = None) -> list[Pict
     if not paths:
         raise SVDiffError(f"no pictures in {directory}: put .png or .jpg files there")
     metadata = _read_metadata(directory)
-    pictures = []
-    for path in paths:
-        beside = path.with_suffix(".txt")
-        told = metadata.get(path.name, {})
-        caption = told.get("text") or (_read_text(beside) if beside.is_file() else None) or prompt
-        if not caption or not caption.strip():
-            raise SVDiffError(f"{path} has no caption: give a prompt, or write a caption into {beside.name}")
-        pictures.append(Picture(path, caption.strip(), phrase=told.get("phrase")))
-    return pictures
+    return [_captioned(path, metadata, prompt) for path in paths]
+
+
+def find_picture(path: str | Path, prompt: str | None = None) -> Picture:
+    """One picture, with its caption, as `find_pictures` finds it.
+
+    Raises:
+        SVDiffError: there is no such file, or it has no caption.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise SVDiffError(f"there is no picture {path}")
+    return _captioned(path, _read_metadata(path.parent), prompt)
+
+
+def _captioned(path: Path, metadata: dict[str, dict[str, str]], prompt: str | None) -> Picture:
+    beside = path.with_suffix(".txt")
+    told = metadata.get(path.name, {})
+    caption = told.get("text") or (_read_text(beside) if beside.is_file() else None) or prompt
+    if not caption or not caption.strip():
+        raise SVDiffError(f"{path} has no caption: give a prompt, or write a caption into {beside.name}")
+    return Picture(path, caption.strip(), phrase=told.get("phrase"))
 
 
 class PictureDataset:
@@ -189,6 +202,12 @@ class Cut:
     original: Size
     corner: Size
     place: tuple[int, int, int, int] | None = None
+
+
+def centre_of(image: Image.Image, side: int) -> Image.Image:
+    """The square in the middle of a picture."""
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
 
 
 def leaves_no_choice(image: Image.Image, size: Size) -> bool:

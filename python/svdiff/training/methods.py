@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,9 @@ from ..tokens import (
 )
 from .chance import seed_of
 from .config import TrainConfig
+from .data import Picture
 from .families import Family, family_of
+from .inversion_network import InversionNetwork, image_states, save_network
 
 _LORA_FILE = "pytorch_lora_weights.safetensors"
 _ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]  # of a LoRA, as in diffusers' scripts
@@ -47,13 +49,20 @@ class Method:
     Args:
         config: settings of the run.
         family: of the pipeline, on its device, in fp32.
+        pictures: of the subjects, for an image encoder to look at.
     """
 
-    def __init__(self, config: TrainConfig, family: Family) -> None:
+    def __init__(self, config: TrainConfig, family: Family, pictures: Sequence[Picture] = ()) -> None:
         self._config, self._family = config, family
         self.encoders = family.trainable_encoders() if config.train_text_encoder else {}
         self._prepare()
         self._tokens = self._add_tokens() if config.modifier_token else {}
+        self._networks: dict[str, InversionNetwork] = {}
+        self._starts: dict[str, Tensor] = {}  # what they make the words' embeddings of
+        if config.image_encoder is not None:
+            self._networks = self._invert(config.image_encoder, pictures)
+        for tokens in () if self._networks else self._tokens.values():
+            tokens.vectors.requires_grad_(True)
 
     def _prepare(self) -> None:
         """Freeze what does not train, and make what does."""
@@ -72,18 +81,26 @@ class Method:
     def param_groups(self, lr: float, lr_1d: float, lr_encoders: float, lr_tokens: float) -> list[dict[str, Any]]:
         """What trains, as groups for an optimiser."""
         groups = self._weight_groups(lr, lr_1d, lr_encoders)
-        vectors = [tokens.vectors for tokens in self._tokens.values()]
-        groups.append({"params": vectors, "lr": lr_tokens, "weight_decay": 0.0})  # which would move words not used
+        tokens = {
+            "params": self._token_parameters(),
+            "lr": lr_tokens,
+            "weight_decay": 0.0,
+        }  # it would move unused words
+        groups.append(tokens)
         return [group for group in groups if group["params"]]
 
     def _weight_groups(self, lr: float, lr_1d: float, lr_encoders: float) -> list[dict[str, Any]]:
         """Without the tokens."""
-        tokens = {id(tokens.vectors) for tokens in self._tokens.values()}
+        tokens = {id(parameter) for parameter in self._token_parameters()}
         groups = []
         for model, rate in [(self._family.denoiser, lr), *((m, lr_encoders) for m in self.encoders.values())]:
             trained = [p for p in model.parameters() if p.requires_grad and id(p) not in tokens]
             groups.append({"params": trained, "lr": rate})
         return groups
+
+    def _token_parameters(self) -> list[nn.Parameter]:
+        """Of new words: their embeddings, or the networks that give them."""
+        return [p for tokens in self._tokens.values() for p in tokens.parameters() if p.requires_grad]
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What trains, by a name that lasts."""
@@ -110,6 +127,10 @@ class Method:
     def save(self, directory: Path, **told: Any) -> list[Path]:
         """Write what has been learnt, in the form that others read; returns the files."""
         files = self._save_weights(directory, **told)
+        if self._networks:
+            (token,) = self._config.modifier_token or []
+            how = {"token": token, "image_encoder": str(self._config.image_encoder)}
+            files.append(save_network(directory, self._networks, self._starts, **how))
         tokens = vectors_of(self._family.pipeline)  # those of an earlier run too
         return [*files, *save_tokens(directory, tokens)] if tokens else files
 
@@ -125,10 +146,26 @@ class Method:
             readers[name].requires_grad_(False)
         for token, word in zip(self._config.modifier_token or [], self._config.initializer_token or [], strict=True):
             add_token(family.pipeline, token, initial_vectors(family.pipeline, word, count, list(readers)))
-        found = {name: learned for name, encoder in readers.items() if (learned := learned_tokens(encoder))}
-        for learned in found.values():
-            learned.vectors.requires_grad_(True)
-        return found
+        return {name: learned for name, encoder in readers.items() if (learned := learned_tokens(encoder))}
+
+    def _invert(self, image_encoder: str, pictures: Sequence[Picture]) -> dict[str, InversionNetwork]:
+        """A network for each text encoder; all look at all pictures that the word is said of.
+
+        Not each sample at its own picture: the embedding would be told of what is particular to that, and of which
+        embedding would be saved none would have been trained.
+        """
+        config = self._config
+        (token,) = config.modifier_token or []
+        device = next(iter(self._tokens.values())).vectors.device
+        states = image_states(image_encoder, [picture for picture in pictures if token in picture.caption], device)
+        networks = {}
+        for name, tokens in self._tokens.items():
+            self._starts[name] = tokens.vectors.detach().clone()
+            torch.manual_seed(seed_of(config.seed, "inversion network", name))
+            how: dict[str, Any] = {"layers": config.inversion_layers, "dropout": config.inversion_dropout}
+            networks[name] = InversionNetwork(tokens.vectors.shape[1], states.shape[1], **how).to(device)
+            tokens.invert_by(networks[name], states)
+        return networks
 
     def start_from(self, directory: Path) -> None:
         """Begin with what an earlier run has saved, as concepts learnt one after the other do; before `cast`.

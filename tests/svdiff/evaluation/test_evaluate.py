@@ -188,6 +188,9 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "prompt": ({"prompt": ["a dog"]}, "prompt is of drawing pictures"),
     "subject": ({"subject": "mushroom"}, "subject is of the miniature's world"),
     "no such subject": ({"clip": "miniature", "subject": "dog"}, "subject 'dog' is not one of fish, flower"),
+    "base alone": ({"pictures": None, "class_pictures": None, "base_class_pictures": None, "prompt": ["a dog"],
+                    "class_prompt": ["a cat"], "pretrained_model_name_or_path": "miniature", "metrics": ["drift"]},
+                   "there is no model but the base"),
     "confidence": ({"confidence": 95.0}, "confidence must be between 0 and 1, not 95.0"),
     "batch": ({"batch_size": 0}, "batch_size must be at least 1"),
     "not drawn": ({"pictures": None, "class_pictures": None, "base_class_pictures": None,
@@ -270,7 +273,22 @@ def test_the_whole_on_the_miniature(tmp_path: Path) -> None:
     assert found["noise", "text_alignment", own]["high"] < found["base", "text_alignment", own]["low"]
     assert found["base", "subject_shown", read] == found["nothing", "subject_shown", read] | {"entry": "base"}
     assert ("base", "drift", own) not in found
-    assert len(list((result.output_dir / "pictures" / "noise").glob("0*.png"))) == 16
+    drawn = {kind: result.output_dir / kind / "noise" for kind in ("pictures", "class_pictures")}
+    assert [len(list(folder.glob("0*.png"))) for folder in drawn.values()] == [8, 8]
+    again = evaluate(
+        EvaluateConfig(
+            pictures=[str(drawn["pictures"])],
+            class_pictures=[str(drawn["class_pictures"])],
+            base_class_pictures=str(result.output_dir / "class_pictures" / "base"),
+            reference_dir=str(subject),
+            clip="miniature",
+            subject="mushroom",
+            modifier_token=["sks"],
+            output_dir=str(tmp_path / "again"),
+            resamples=100,
+        )
+    )
+    assert [figure.as_json() for figure in again.figures] == [one for key, one in found.items() if key[0] == "noise"]
     page = Page((result.output_dir / "report.html").read_text())
     assert "(miniature encoder)" in page.words
     assert "CLIP" not in page.words

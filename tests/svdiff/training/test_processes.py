@@ -31,6 +31,7 @@ from PIL import Image
 from processes import exit_code
 from safetensors.torch import load_file, save_file
 from svdiff import cli
+from tiny import tiny_clip
 from torch import Tensor
 
 import svdiff_kernels
@@ -202,6 +203,12 @@ def test_the_same_pictures_a_step_teach_the_same(
     for processes, size, batches in splits:
         shared = team.run(processes, prepare, train_batch_size=size, gradient_accumulation_steps=batches, **settings)
         assert_same(alone, shared)
+
+
+def test_an_inversion_network_learns_the_same(team: Team, tmp_path: Path) -> None:
+    tiny_clip().save_pretrained(tmp_path)
+    settings = {"modifier_token": "sks", "initializer_token": "d", "image_encoder": tmp_path, "inversion_dropout": 0}
+    assert_same(team.run(1, train_batch_size=4, **settings), team.run(2, train_batch_size=2, **settings))
 
 
 @scenario
