@@ -87,7 +87,7 @@ def make_missing(runs: Sequence[Run], results: Path, work: Path, *, jobs: int) -
 
 def _in_a_child(run: Run, work: Path, threads: int) -> Figures:
     command = [sys.executable, "-m", "benchmarks.study", "--work", str(work), "--run", *map(str, asdict(run).values())]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     log = run.folder(work) / "log.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as told:
