@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import svdiff
+import torch
 from svdiff import TrainConfig
 from svdiff.miniature import load_pipeline, world
 from svdiff.miniature.evaluate import draw
@@ -28,6 +29,7 @@ _PROMPTS = 64
 _TOYS = 24
 _FEWER_PROMPTS = 24
 _CURVE_POINTS = 4
+_GROUPS = 16
 _SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 SUBJECTS = tuple(world.SUBJECTS)
 
@@ -60,9 +62,42 @@ def run(one: Run, work: Path) -> Figures:
         for scale in _SCALES:
             adapter.set_adapters("default", scale)
             figures["scales"][scale] = _short(pipeline, task)
+        figures["spectrum"] = _spectrum(adapter)
     for path in [*found, result.output_dir / "pipeline"]:  # what is large, and told already
         shutil.rmtree(path, ignore_errors=True)
     return figures
+
+
+def _spectrum(adapter: Any) -> dict[str, list[float]]:
+    """How much singular values have moved, from the largest to the smallest: means of ``|delta| / sigma_1`` by kind.
+
+    The singular values of each matrix are cut into as many groups by their order; matrices of fewer are left out.
+    """
+    found: dict[str, list[torch.Tensor]] = {}
+    for part in adapter.parts:
+        paths = [path for path, layer in part.layers.items() if not layer.one_dim]
+        for path, (sigma, delta) in zip(paths, part.singular_values("default"), strict=True):
+            if len(sigma) >= _GROUPS:
+                groups = torch.tensor_split((delta.abs() / sigma[0]), _GROUPS)
+                found.setdefault(kind_of(f"{part.role}.{path}"), []).append(torch.stack([g.mean() for g in groups]))
+    return {kind: [float(f"{x:.4g}") for x in torch.stack(rows).mean(0)] for kind, rows in found.items()}
+
+
+def kind_of(path: str) -> str:
+    """What a layer is, for tables: `unet.` or `denoiser.` and `text_encoder.` paths."""
+    if path.startswith("text_encoder"):
+        return "text encoder"
+    if ".attn2.to_k" in path or ".attn2.to_v" in path:
+        return "cross-attention, K and V"
+    if ".attn2." in path:
+        return "cross-attention, Q and out"
+    if ".attn1." in path:
+        return "self-attention"
+    if ".ff." in path:
+        return "feed-forward"
+    if ".conv" in path or "conv_shortcut" in path or "samplers" in path:
+        return "convolutions"
+    return "norms" if "norm" in path else "others"
 
 
 def _short(pipeline: Any, task: Task) -> Figures:
