@@ -5,15 +5,36 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from . import pairs, subjects
-from .runs import Run, all_of, commit, make_missing
+from . import contenders, cost, editing, pairs, styles, subjects, words
+from .runs import Figures, Run, all_of, commit, make_missing
 from .teach import prepare
 
 _SEEDS = 3
-_EXPERIMENTS = ("subjects", "layers", "rates", "pairs")
+
+
+class _Experiment(NamedTuple):
+    """Who takes part, in what, and what does it."""
+
+    contenders: Iterable[str]
+    cases: Sequence[str]
+    run: Callable[[Run, Path], Figures]
+
+
+_EXPERIMENTS = {
+    "subjects": _Experiment(contenders.CONTENDERS, subjects.SUBJECTS, subjects.run),
+    "words": _Experiment(contenders.NAMERS, list(words.THINGS), words.run),
+    "styles": _Experiment(contenders.STYLISTS, styles.TAUGHT, styles.run),
+    "pairs": _Experiment(pairs.WAYS, list(pairs.PAIRS), pairs.run),
+    "layers": _Experiment(contenders.LAYERS, ("mushroom", "robot"), subjects.run),
+    "rates": _Experiment(contenders.RATES, ("robot",), subjects.run),
+    "editing": _Experiment(contenders.EDITORS, editing.ATTRIBUTES, editing.run),
+    "cost": _Experiment(contenders.CONTENDERS, ("robot",), cost.run),
+}
+"""In the order in which they are made; cost comes last, and alone."""
 
 
 def main() -> int:
@@ -29,18 +50,19 @@ def main() -> int:
     options = parser.parse_args()
     if options.run:
         experiment, contender, case, seed = options.run
-        module = pairs if experiment == "pairs" else subjects
-        figures = module.run(Run(experiment, contender, case, int(seed)), options.work)
+        figures = _EXPERIMENTS[experiment].run(Run(experiment, contender, case, int(seed)), options.work)
         print(json.dumps({**figures, "commit": commit()}))
         return 0
     for several in (False, True):
         prepare(options.work, options.seeds, several=several)
-    cases = {"subjects": subjects.SUBJECTS, "layers": ("mushroom", "robot"), "rates": ("robot",), "pairs": pairs.PAIRS}
-    contenders: dict[str, Iterable[str]] = {**subjects.CASES, "pairs": pairs.WAYS}
     runs = []
     for name in options.only:
-        runs += all_of(name, options.contenders or contenders[name], list(cases[name]), options.seeds)
-    make_missing(runs, options.results, options.work, jobs=options.jobs)
+        known = _EXPERIMENTS[name]
+        runs += all_of(name, options.contenders or known.contenders, known.cases, options.seeds)
+    runs.sort(key=lambda run: run.seed)  # what is stopped has whole seeds
+    alone = [run for run in runs if run.experiment == "cost"]
+    make_missing([run for run in runs if run not in alone], options.results, options.work, jobs=options.jobs)
+    make_missing(alone, options.results, options.work, jobs=1)
     return 0
 
 

@@ -127,3 +127,19 @@ EDITORS: dict[str, Contender | None] = {
     "full": FULL,
 }
 """Of one picture. `None` has not learnt it."""
+
+NAMERS: dict[str, Contender] = {
+    "inversion": Contender(
+        INVERSION.label,
+        {
+            "method": "textual_inversion",
+            "modifier_token": ["<sks>"],
+            "initializer_token": ["toy"],
+            "learning_rate": 1e-2,
+        },
+        new_words=True,
+    ),
+    "shifts": Contender(SHIFTS.label, {"train_text_encoder": True, "learning_rate": 1e-2, "learning_rate_1d": 1e-2}),
+    "lora4": Contender(LORA_4.label, {**LORA_4.settings, "train_text_encoder": True}),
+}
+"""Of a word for something known."""

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-import torch
 from PIL.Image import Image
-from svdiff.evaluation import metrics
+from svdiff.evaluation import load_miniature_encoder, metrics
 from svdiff.miniature import world
-from svdiff.miniature.encoder import load_encoder, pixel_values
 from svdiff.miniature.task import agreeing, recognised, unchanged
 from torch import Tensor
 
@@ -18,23 +16,13 @@ from .runs import Figures
 
 
 @cache
-def _encoder() -> tuple[Any, Any]:
-    return load_encoder()
+def _encoder() -> Any:
+    return load_miniature_encoder()
 
 
-@torch.no_grad()
 def image_features(images: Sequence[Image]) -> Tensor:
     """``[N, D]``."""
-    model, _ = _encoder()
-    return model.get_image_features(pixel_values(images)).pooler_output
-
-
-@torch.no_grad()
-def text_features(captions: Sequence[str]) -> Tensor:
-    """``[N, D]``."""
-    model, processor = _encoder()
-    ids = processor.tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt").input_ids
-    return model.get_text_features(ids).pooler_output
+    return _encoder().images(images)
 
 
 def subject_marks(images: Sequence[Image], scenes: Sequence[world.Scene], examples: Sequence[Image]) -> Figures:
@@ -49,7 +37,7 @@ def subject_marks(images: Sequence[Image], scenes: Sequence[world.Scene], exampl
     return {
         "recognised": recognised(images, scenes),
         "agreeing": agreeing(images, scenes),
-        "text_alignment": metrics.text_alignment(features, text_features([said(scene) for scene in scenes])).item(),
+        "text_alignment": metrics.text_alignment(features, _encoder().texts([said(scene) for scene in scenes])).item(),
         "image_alignment": metrics.image_alignment(features, image_features(examples)).item(),
     }
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 _CLASS_PICTURES = 160
-_EXAMPLES = (
+EXAMPLES = (
     ("left", "large", "white"),
     ("right", "large", "gray"),
     ("center", "large", "black"),
@@ -131,7 +131,7 @@ class Task:
         """The scenes to learn from, and the others."""
         scenes = world.subject_scenes(subject)
         by_look = {(s.items[0].position, s.items[0].size, s.background): s for s in scenes}
-        examples = [by_look[p, z, _GROUND if self._several else g] for p, z, g in _EXAMPLES[: self.pictures]]
+        examples = [by_look[p, z, _GROUND if self._several else g] for p, z, g in EXAMPLES[: self.pictures]]
         return examples, [scene for scene in scenes if scene not in examples]
 
 
