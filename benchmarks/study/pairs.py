@@ -22,8 +22,8 @@ from .contenders import CUSTOM, LORA_16, SHIFTS, SHIFTS_KV, Contender
 from .runs import Figures, Run
 from .teach import PICTURES, config_of, link_class_images, trained
 
-TOGETHER = 800
-APART = 500
+TOGETHER = 600
+APART = 400
 _PROMPTS = 64
 PAIRS = {
     "mushroom+robot": ("mushroom", "robot"),

@@ -7,11 +7,14 @@ Three tables are made of such runs: all contenders on all subjects (``subjects``
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import svdiff
 import torch
+from PIL.Image import Image
+from PIL.Image import open as open_image
 from svdiff import TrainConfig
 from svdiff.miniature import load_pipeline, world
 from svdiff.miniature.evaluate import draw
@@ -24,12 +27,13 @@ from .marks import class_marks, subject_marks, toy_marks
 from .runs import Figures, Run
 from .teach import PICTURES, config_of, layer_changes, link_class_images, trained
 
-STEPS = 500
+STEPS = 400
 _PROMPTS = 64
 _TOYS = 24
-_FEWER_PROMPTS = 24
+_FEWER_PROMPTS = 16  # where there are many models to be judged
 _CURVE_POINTS = 4
 _GROUPS = 16
+_COLUMNS = 8
 _SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 SUBJECTS = tuple(world.SUBJECTS)
 
@@ -49,7 +53,7 @@ def run(one: Run, work: Path) -> Figures:
         "bytes": sum(file.stat().st_size for file in result.files),
         "steps": result.steps,
         "loss": result.loss,
-        **judged(pipeline, task, folder),
+        **_judged(pipeline, task, folder, _of_the_base(work, task)),
         "changes": {name: float(f"{change:.3g}") for name, change in layer_changes(pipeline).items() if change},
     }
     found = state.checkpoints(result.output_dir)
@@ -58,11 +62,11 @@ def run(one: Run, work: Path) -> Figures:
     if one.experiment == "subjects" and one.contender == "shifts":
         pipeline = load_pipeline()
         adapter = svdiff.load(pipeline, result.output_dir)
+        figures["spectrum"] = _spectrum(adapter)
         figures["scales"] = {}
-        for scale in _SCALES:
+        for scale in _SCALES if one.seed == 0 else ():
             adapter.set_adapters("default", scale)
             figures["scales"][scale] = _short(pipeline, task)
-        figures["spectrum"] = _spectrum(adapter)
     for path in [*found, result.output_dir / "pipeline"]:  # what is large, and told already
         shutil.rmtree(path, ignore_errors=True)
     return figures
@@ -81,6 +85,15 @@ def _spectrum(adapter: Any) -> dict[str, list[float]]:
                 groups = torch.tensor_split((delta.abs() / sigma[0]), _GROUPS)
                 found.setdefault(kind_of(f"{part.role}.{path}"), []).append(torch.stack([g.mean() for g in groups]))
     return {kind: [float(f"{x:.4g}") for x in torch.stack(rows).mean(0)] for kind, rows in found.items()}
+
+
+def cut(sheet: Image, side: int) -> list[Image]:
+    """The pictures of a grid, row by row."""
+    return [
+        sheet.crop((left, top, left + side, top + side))
+        for top in range(0, sheet.height, side)
+        for left in range(0, sheet.width, side)
+    ]
 
 
 def kind_of(path: str) -> str:
@@ -109,23 +122,31 @@ def _short(pipeline: Any, task: Task) -> Figures:
     }
 
 
-def judged(pipeline: Any, task: Task, folder: Path | None = None) -> Figures:
-    """All marks of what a pipeline has learnt of the (first) subject of a task; pictures are kept in a folder."""
+def _judged(pipeline: Any, task: Task, folder: Path, base: Sequence[Image]) -> Figures:
+    """All marks of what a pipeline has learnt of the subject of a task; pictures are kept in a folder."""
     subject = task.subjects[0]
-    examples = task.examples(subject)
     scenes, others = task.new_scenes(_PROMPTS), task.other_scenes(_PROMPTS)
-    class_prompts = [world.caption(scene) for scene in others]
     images = task.draw(pipeline, [task.prompt(scene) for scene in scenes])
-    plain = task.draw(pipeline, class_prompts)
+    plain = task.draw(pipeline, [world.caption(scene) for scene in others])
     toys = draw(pipeline, [f"a {world.CLASS_NOUN}"] * _TOYS, 5000 * (task.seed + 1))
-    if folder is not None:
-        for name, group in (("subject", images), ("others", plain), ("toys", toys)):
-            save_picture(grid(group, 8), folder / f"{name}.png")
+    for name, group in (("subject", images), ("others", plain), ("toys", toys)):
+        save_picture(grid(group, _COLUMNS), folder / f"{name}.png")
     return {
-        **subject_marks(images, scenes, examples),
-        **class_marks(plain, others, task.draw(load_pipeline(), class_prompts)),
+        **subject_marks(images, scenes, task.examples(subject)),
+        **class_marks(plain, others, base),
         **toy_marks(toys, subject),
     }
+
+
+def _of_the_base(work: Path, task: Task) -> list[Image]:
+    """What the base draws of the other prompts of a seed, which is the same for all contenders."""
+    file = work / "base" / f"others_{task.seed}.png"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        images = task.draw(load_pipeline(), [world.caption(scene) for scene in task.other_scenes(_PROMPTS)])
+        save_picture(grid(images, _COLUMNS), file)
+    with open_image(file) as sheet:
+        return cut(sheet.convert("RGB"), world.IMAGE_SIZE)[:_PROMPTS]
 
 
 def _config(contender: Contender, task: Task, folder: Path, work: Path, *, curve: bool) -> TrainConfig:
