@@ -35,7 +35,7 @@ from svdiff.miniature.task import Task, share
 from svdiff.sampling import grid
 from tqdm.auto import tqdm
 
-from .quality import config_of, draw_class_pictures
+from .study.teach import config_of, draw_class_pictures
 
 _SUBJECTS = ("mushroom", "robot", "house")
 _STYLE = "blackboard"
@@ -142,15 +142,15 @@ def editing(seed: int, pictures: Path | None = None) -> dict[str, dict[str, floa
     """Of every choice of `EDITS`, and of the base model that has not learnt the pictures, what the edits did."""
     rng = random.Random(seed)
     scenes = [world.sample_scene(rng, 1) for _ in range(_EDITS)]
-    targets = [_changed(scene, ("color", "shape", "size")[i % 3], rng) for i, scene in enumerate(scenes)]
+    targets = [changed(scene, ("color", "shape", "size")[i % 3], rng) for i, scene in enumerate(scenes)]
     originals = [world.render(scene, rng) for scene in scenes]
     pipeline = load_pipeline()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         for i, (image, scene) in enumerate(zip(originals, scenes, strict=True)):
-            (folder / f"p{i}").mkdir()
-            image.save(folder / f"p{i}" / "image.png")
-            svdiff.train(_picture_config(folder / f"p{i}", world.caption(scene), seed))
+            (folder / f"p{i}" / "pictures").mkdir(parents=True)
+            image.save(folder / f"p{i}" / "pictures" / "image.png")
+            svdiff.train(picture_config(folder / f"p{i}", world.caption(scene), seed))
         adapter = svdiff.load(pipeline, {f"p{i}": folder / f"p{i}" / "run" for i in range(_EDITS)})
     learnt: list[dict[str, Any]] = [{f"p{i}": 1.0} for i in range(_EDITS)]
     found, shown = {}, {"original": originals}
@@ -162,13 +162,13 @@ def editing(seed: int, pictures: Path | None = None) -> dict[str, dict[str, floa
         prompts = [world.caption(target) for target in targets]
         images = edited(pipeline, originals, prompts, range(_EDITS), **how)
         shown[label] = images
-        found[label] = _edit_marks(images, scenes, targets) | {_MOVED: _moved(originals, images)}
+        found[label] = edit_marks(images, scenes, targets) | {_MOVED: moved(originals, images)}
     if pictures is not None:
         _save_sheet(shown, pictures / "editing.png")
     return found
 
 
-def _edit_marks(
+def edit_marks(
     images: Sequence[Image], scenes: Sequence[world.Scene], targets: Sequence[world.Scene]
 ) -> dict[str, float]:
     changed, placed, kept = [], [], []
@@ -189,7 +189,7 @@ def _edit_marks(
     return {"changed": share(changed), "place and ground": share(placed), "both": share(both), "rest": share(kept)}
 
 
-def _moved(before: Sequence[Image], after: Sequence[Image]) -> float:
+def moved(before: Sequence[Image], after: Sequence[Image]) -> float:
     """By how many pixels the middle of what is seen has moved, in half the pictures by less; out, if it is gone."""
     middles = [[_middle(image) for image in images] for images in (before, after)]
     return statistics.median(math.dist(a, b) if a and b else world.IMAGE_SIZE for a, b in zip(*middles, strict=True))
@@ -201,7 +201,7 @@ def _middle(image: Image) -> tuple[float, float] | None:
     return ((rows.min() + rows.max()) / 2, (columns.min() + columns.max()) / 2) if len(rows) else None
 
 
-def _changed(scene: world.Scene, attribute: str, rng: random.Random) -> world.Scene:
+def changed(scene: world.Scene, attribute: str, rng: random.Random) -> world.Scene:
     """The scene with another colour, shape or size of its object."""
     values = {"color": tuple(world.COLORS), "shape": world.SHAPES, "size": tuple(world.SIZES)}[attribute]
     item = scene.items[0]
@@ -209,21 +209,23 @@ def _changed(scene: world.Scene, attribute: str, rng: random.Random) -> world.Sc
     return replace(scene, items=(replace(item, **change),))
 
 
-def _picture_config(folder: Path, caption: str, seed: int) -> TrainConfig:
-    """As `svdiff edit` learns a picture, at rates that suit the miniature."""
-    return TrainConfig(
-        pretrained_model_name_or_path="miniature",
-        instance_data_dir=str(folder),
-        instance_prompt=caption,
-        output_dir=str(folder / "run"),
-        max_train_steps=100,
-        checkpointing_steps=1000,
-        learning_rate=2e-3,
-        learning_rate_1d=2e-3,
-        train_batch_size=4,
-        seed=seed,
-        report_to="none",
-    )
+def picture_config(folder: Path, caption: str, seed: int, **settings: Any) -> TrainConfig:
+    """As `svdiff edit` learns the picture in ``pictures/``, at rates that suit the miniature."""
+    shared: dict[str, Any] = {
+        "pretrained_model_name_or_path": "miniature",
+        "instance_data_dir": str(folder / "pictures"),
+        "instance_prompt": caption,
+        "output_dir": str(folder / "run"),
+        "max_train_steps": 100,
+        "checkpointing_steps": 1000,
+        "learning_rate": 2e-3,
+        "learning_rate_1d": 2e-3,
+        "train_batch_size": 4,
+        "seed": seed,
+        "report_to": "none",
+        "overwrite": True,
+    }
+    return TrainConfig(**{**shared, **settings})
 
 
 def _style_config(folder: Path, seed: int) -> TrainConfig:

@@ -27,19 +27,15 @@ from pathlib import Path
 from typing import Any
 
 import svdiff
-from svdiff import TrainConfig
 from svdiff.miniature import load_pipeline, world
-from svdiff.miniature.evaluate import STEPS
 from svdiff.miniature.task import Task, agreeing, both_in_place, recognised, unchanged
-from svdiff.pipelines import set_scheduler
 from svdiff.training import state
-from svdiff.training.prior import class_pictures
 from tqdm.auto import tqdm
 
 from . import resident
+from .study.teach import PICTURES, config_of, draw_class_pictures, trained
 
 _SUBJECTS = ("mushroom", "house", "robot")
-_PICTURES = 6  # of each subject
 _PROMPTS = 128
 _CURVE_PROMPTS = 24  # each new scene of a subject twice
 
@@ -139,7 +135,7 @@ def _in_a_child(threads: int, experiment: str, chosen: Sequence[str], name: str,
 def _run(contender: Contender, seed: int, subjects: Sequence[str] | None = None) -> dict[str, Any]:
     """Teach, and judge what has been learnt: after all steps, and on the way."""
     subjects = subjects or [_SUBJECTS[(seed + 2 * i) % len(_SUBJECTS)] for i in range(contender.subjects)]
-    task = Task(tuple(subjects), seed, _PICTURES)
+    task = Task(tuple(subjects), seed, PICTURES)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         config = config_of(task, folder, **contender.settings)
@@ -154,86 +150,15 @@ def _run(contender: Contender, seed: int, subjects: Sequence[str] | None = None)
             "numbers": result.num_parameters,
             "bytes": sum(file.stat().st_size for file in result.files),
         }
-        figures |= _judge(_trained(config, result.output_dir), task, _PROMPTS)
+        figures |= _judge(trained(config, result.output_dir), task, _PROMPTS)
         base = load_pipeline()
         others = task.other_scenes(_PROMPTS)
         figures["unchanged_base"] = unchanged(task.draw(base, [world.caption(scene) for scene in others]), others)
         figures["curve"] = {
-            state.load(path).step: _judge(_trained(config, path), task, _CURVE_PROMPTS)
+            state.load(path).step: _judge(trained(config, path), task, _CURVE_PROMPTS)
             for path in state.checkpoints(result.output_dir)
         }
     return figures
-
-
-def config_of(task: Task, folder: Path, **settings: Any) -> TrainConfig:
-    """How a task is taught: its pictures are written into the folder, and `settings` are beside what all share."""
-    prompts = task.class_prompts()
-    concepts = []
-    for subject in task.subjects:
-        task.write_pictures(folder / subject, subject)
-        name = f"a {task.token(subject)} {world.CLASS_NOUN}"
-        concepts.append(
-            {
-                "instance_data_dir": str(folder / subject),
-                "token": task.token(subject),
-                "phrase": name,
-                "class_phrase": f"a {world.CLASS_NOUN}",
-                "class_prompt": prompts,
-                "class_data_dir": str(folder / "class_images"),
-            }
-        )
-    (folder / "concepts.json").write_text(json.dumps(concepts))
-    steps = 700 if len(task.subjects) == 1 else 1000
-    shared: dict[str, Any] = {
-        "pretrained_model_name_or_path": "miniature",
-        "concepts_list": str(folder / "concepts.json"),
-        "output_dir": str(folder / "run"),
-        "with_prior_preservation": True,
-        "num_class_images": len(prompts),
-        "train_text_encoder": True,
-        "prior_loss_weight": 0.3,
-        "train_batch_size": 8,
-        "learning_rate": 1e-2,
-        "learning_rate_1d": 1e-2,
-        "lr_scheduler": "cosine",
-        "max_train_steps": steps,
-        "checkpointing_steps": steps // 4,
-        "seed": task.seed,
-        "report_to": "none",
-    }
-    return TrainConfig(**{**shared, **settings})
-
-
-def draw_class_pictures(config: TrainConfig, task: Task, folder: Path) -> None:
-    """Those of the task's class prompts, as the base model draws them."""
-    pipeline = load_pipeline()
-    set_scheduler(pipeline, "dpm++")
-    class_pictures(
-        pipeline,
-        folder,
-        task.class_prompts(),
-        config.num_class_images,
-        batch_size=32,
-        num_inference_steps=STEPS,
-        guidance_scale=2.0,
-        resolution=world.IMAGE_SIZE,
-        seed=task.seed,
-        device=pipeline.device,
-    )
-
-
-def _trained(config: TrainConfig, folder: Path) -> Any:
-    """A pipeline with what a run, or a checkpoint of it, has learnt."""
-    if config.method == "full":
-        from diffusers import StableDiffusionPipeline
-
-        return StableDiffusionPipeline.from_pretrained(folder / "pipeline")
-    pipeline = load_pipeline()
-    if config.method == "lora":
-        pipeline.load_lora_weights(folder)
-    else:
-        svdiff.load(pipeline, folder)
-    return pipeline
 
 
 def _judge(pipeline: Any, task: Task, count: int) -> dict[str, float]:

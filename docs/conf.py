@@ -43,6 +43,7 @@ PAGES = """
 
 docs/training
 docs/inference
+docs/merging
 docs/stylize
 docs/ui
 docs/peft

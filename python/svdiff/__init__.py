@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .export import ExportConfig, ExportResult, export
     from .extract import ExtractConfig, ExtractResult, extract
     from .generate import GenerateConfig, GenerateResult, generate
+    from .merge import MergeConfig, MergeResult, merge
     from .stylize import StylizeConfig, StylizeResult, stylize
     from .tokens import load_tokens, save_tokens
     from .train import TrainConfig, TrainResult, train
@@ -41,6 +42,8 @@ __all__ = [
     "ExtractResult",
     "GenerateConfig",
     "GenerateResult",
+    "MergeConfig",
+    "MergeResult",
     "StylizeConfig",
     "StylizeResult",
     "TrainConfig",
@@ -54,6 +57,7 @@ __all__ = [
     "generate",
     "load",
     "load_tokens",
+    "merge",
     "save_tokens",
     "stylize",
     "train",
@@ -69,6 +73,7 @@ _HOMES = {
     **dict.fromkeys(("ExportConfig", "ExportResult", "export"), "export"),
     **dict.fromkeys(("ExtractConfig", "ExtractResult", "extract"), "extract"),
     **dict.fromkeys(("GenerateConfig", "GenerateResult", "generate"), "generate"),
+    **dict.fromkeys(("MergeConfig", "MergeResult", "merge"), "merge"),
     **dict.fromkeys(("StylizeConfig", "StylizeResult", "stylize"), "stylize"),
     **dict.fromkeys(("load_tokens", "save_tokens"), "tokens"),
     **dict.fromkeys(("TrainConfig", "TrainResult", "train"), "train"),

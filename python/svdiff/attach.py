@@ -92,7 +92,7 @@ def attach(
         for role, model in models.items()
         if lone or role == "denoiser" or text_encoder is True or role in named
     }
-    base_model = _base_model_of(model_or_pipeline)
+    base_model = base_model_of(model_or_pipeline)
     layouts = {
         role: layout_of(modules, rank=rank, one_dim=one_dim, base_model=base_model) for role, modules in chosen.items()
     }
@@ -146,7 +146,7 @@ def load(
     by_role = {role: files for role, files in by_role.items() if files}
     if not by_role:
         raise SVDiffError(f"{path} holds no shifts for a {next(iter(models))}")
-    base_model = _base_model_of(model_or_pipeline)
+    base_model = base_model_of(model_or_pipeline)
     chosen, layouts = {}, {}
     for role, of_role in by_role.items():
         possible = select(models[role], embeddings=role != "denoiser")
@@ -227,7 +227,7 @@ def models_of(model_or_pipeline: Any) -> dict[str, nn.Module]:
     return {"denoiser": denoiser_of(model_or_pipeline), **text_encoders_of(model_or_pipeline)}
 
 
-def _base_model_of(model_or_pipeline: Any) -> str:
+def base_model_of(model_or_pipeline: Any) -> str:
     """Hub id of the base, or the last part of its folder's path: files are shared, folders are private."""
     config = getattr(model_or_pipeline, "config", None)
     name = str(getattr(config, "_name_or_path", None) or type(model_or_pipeline).__name__)

@@ -36,7 +36,9 @@ Content = tuple[dict[str, Tensor], dict[str, str]]
 _SUFFIX = ".delta"
 _AUTHORS_SUFFIX = ".parametrizations.weight.0.eigenvalues_delta"  # of phymhan/SVDiff
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_HASH_DIGITS = 16
+HASH_DIGITS = 16
+"""How much of a weight's content hash a file says: whole hashes would make up half of a small model's file."""
+
 # transformers 5 dropped this prefix from CLIP's module paths; files keep it.
 _CLIP_PREFIX = "text_model."
 _CLIP_CHILDREN = ("embeddings.", "encoder.", "final_layer_norm")
@@ -112,7 +114,7 @@ class DeltaFile:
                     "the file was made for another base, rank, one-dim mode or conv reshape"
                 )
             expected = hashes.get(found[path])
-            if expected is not None and expected != layout.hashes[path][:_HASH_DIGITS]:
+            if expected is not None and expected != layout.hashes[path][:HASH_DIGITS]:
                 base = self.metadata.get("base_model") or "another base model"
                 raise SVDiffError(
                     f"{self._key(found[path])} was trained on other weights than this model's: the file is for {base}"
@@ -137,14 +139,7 @@ def read(path: Path) -> DeltaFile:
         SVDiffError: no such file, not safetensors (nothing is ever unpickled), truncated, a key that is no delta, a
             value that is not finite, or a format version newer than this library.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-    except FileNotFoundError as error:
-        raise SVDiffError(f"there is no delta file {path}") from error
-    except (SafetensorError, OSError) as error:
-        raise SVDiffError(f"{path} is not a readable safetensors file: {_first_line(error)}") from error
+    tensors, metadata = read_tensors(path, "delta file")
     if not tensors:
         raise SVDiffError(f"{path} holds no spectral shifts")
     tensors = {_of_the_author(key): tensor for key, tensor in tensors.items()}
@@ -234,8 +229,8 @@ def encode(
         "format_version": str(FORMAT_VERSION),
         "library_version": __version__,
         "base_model": layout.base_model,
-        # In the order of the sorted keys; whole hashes would make up half of a small model's file.
-        "base_hashes": " ".join(layout.hashes[named[name]][:_HASH_DIGITS] for name in sorted(named) if layout.hashes),
+        # In the order of the sorted keys.
+        "base_hashes": " ".join(layout.hashes[named[name]][:HASH_DIGITS] for name in sorted(named) if layout.hashes),
         "rank": "full" if layout.rank is None else str(layout.rank),
         "one_dim": layout.one_dim,
         "conv_reshape": "co,ci*kh*kw",
@@ -244,8 +239,28 @@ def encode(
     return tensors, metadata
 
 
+def read_tensors(path: Path, kind: str) -> Content:
+    """Everything that a safetensors file holds; nothing is ever unpickled.
+
+    Args:
+        path: of the file.
+        kind: what to call it where there is none.
+
+    Raises:
+        SVDiffError: no such file, not safetensors, or truncated.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118 (no mapping)
+    except FileNotFoundError as error:
+        raise SVDiffError(f"there is no {kind} {path}") from error
+    except (SafetensorError, OSError) as error:
+        raise SVDiffError(f"{path} is not a readable safetensors file: {_first_line(error)}") from error
+
+
 def write(files: Mapping[Path, Content]) -> None:
-    """Write delta files, all of them or none.
+    """Write safetensors files, all of them or none.
 
     Raises:
         SVDiffError: the place cannot be written.

@@ -43,6 +43,9 @@ COMMANDS = {
         "combine",
         ("operation",),
     ),
+    "merge": Command(
+        "concepts that were trained apart made one, in closed form", "svdiff.merge", "MergeConfig", "merge"
+    ),
     "export": Command(
         "shifts as merged weights, a LoRA, or svdiff-pytorch's files",
         "svdiff.export",
@@ -160,7 +163,8 @@ def _parse(name: str, command: Command, config: Any, argv: list[str]) -> Any:
         epilog="--config FILE reads flags from a YAML file; those on the command line come after",
         allow_abbrev=False,
     )
-    argv = named + _with_config_file(argv, {action.dest for action in parser._actions})
+    flags = {flag.lstrip("-") for action in parser._actions if action.nargs != 0 for flag in action.option_strings}
+    argv = named + _with_config_file(argv, flags)
     parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
         parser.error(f"unknown argument {unknown[0]}")

@@ -208,7 +208,7 @@ def read_tokens(path: str | os.PathLike[str]) -> dict[str, dict[str, Tensor]]:
         SVDiffError: there is no such file, or it is no safetensors file of embeddings.
     """
     given = Path(path).expanduser()
-    files = sorted(given.glob(FILE_NAME.replace(".", "*."))) if given.is_dir() else [given]
+    files = token_files_of(given) if given.is_dir() else [given]
     found: dict[str, dict[str, Tensor]] = {}
     for file in files:
         try:
@@ -230,6 +230,11 @@ def read_tokens(path: str | os.PathLike[str]) -> dict[str, dict[str, Tensor]]:
                 raise SVDiffError(f"{path}: {token} is no embedding {list(own.shape)} of finite numbers")
             vectors[name] = own
     return found
+
+
+def token_files_of(folder: Path) -> list[Path]:
+    """The files with learned tokens in a folder, by name."""
+    return sorted(folder.glob(FILE_NAME.replace(".", "*.")))
 
 
 def load_tokens(pipeline: Any, path: str | os.PathLike[str]) -> list[str]:

@@ -34,6 +34,7 @@ from .training.objective import make_objective
 from .training.optimizers import rehearse
 from .training.precision import DTYPES
 from .training.prior import classes_of
+from .training.retrieval import real_classes
 from .training.sharding import shard_frozen
 from .training.validation import validate
 
@@ -102,7 +103,10 @@ def train(config: TrainConfig) -> TrainResult:
                 load_picture(picture, [(64, 64)])  # a damaged one need not wait for the model to load
         family = _load(config)
         buckets = _buckets(config, family.pipeline)
-        classes = classes_of(config, host, family.pipeline, concepts, directory / CLASS_PICTURES)
+        if config.real_prior:
+            classes = real_classes(config, host, family, concepts, directory)
+        else:
+            classes = classes_of(config, host, family.pipeline, concepts, directory / CLASS_PICTURES)
         check_same(host, "pictures", [(p.path.name, p.caption) for pool in (*instances, *classes) for p in pool])
         method = _prepared(config, family, host.device, [picture for pictures in instances for picture in pictures])
         objective = make_objective(config, host, family, concepts, instances, classes, buckets, method.readers.keys())
@@ -202,6 +206,8 @@ def _prepared(config: TrainConfig, family: Family, device: torch.device, picture
         if isinstance(part, nn.Module):  # a denoiser to be sharded waits: there may be no room for all of it
             part.to("cpu" if config.shard_factors and part is family.denoiser else device)
     method = METHODS[config.method](config, family, pictures)
+    if config.init_from is not None:
+        method.start_from(Path(config.init_from).expanduser())
     if config.mixed_precision != "no":
         method.cast(DTYPES[config.mixed_precision])
     if config.gradient_checkpointing:

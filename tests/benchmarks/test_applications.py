@@ -66,7 +66,7 @@ def test_an_edit_is_marked_by_what_was_asked_and_what_was_not() -> None:
     moved = replace(after, items=(replace(after.items[0], position="right"),))
     other = replace(after, items=(replace(after.items[0], shape="heart"),))
     pictures = [world.render(scene) for scene in (after, before, moved, other)]
-    marks = applications._edit_marks(pictures, [before] * 4, [after] * 4)
+    marks = applications.edit_marks(pictures, [before] * 4, [after] * 4)
     assert marks == {"changed": 0.75, "place and ground": 0.75, "both": 0.5, "rest": 0.75}
 
 
@@ -75,9 +75,9 @@ def test_how_far_something_has_moved() -> None:
     right = replace(scene, items=(replace(scene.items[0], position="right"),))
     empty = Image.new("RGB", (64, 64), world.BACKGROUNDS["gray"])
     before, after = [world.render(scene)] * 3, [world.render(right), world.render(right), empty]
-    assert applications._moved(before, before) == 0
-    assert applications._moved(before, after) == pytest.approx(33, abs=1)
-    assert applications._moved(before[:1], [empty]) == 64
+    assert applications.moved(before, before) == 0
+    assert applications.moved(before, after) == pytest.approx(33, abs=1)
+    assert applications.moved(before[:1], [empty]) == 64
 
 
 def test_what_is_there_is_told_and_not_run_again(

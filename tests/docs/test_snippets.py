@@ -51,6 +51,10 @@ def for_compat(pipeline: Any, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     return {}
 
 
+def for_merging(pipeline: Any, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    return {}
+
+
 def for_peft(pipeline: Any, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     return {"model": tiny_llama(), "base": tiny_llama()}
 
@@ -65,6 +69,7 @@ def for_evaluation(pipeline: Any, patch: pytest.MonkeyPatch) -> dict[str, Any]:
 GIVEN: dict[str, Callable[[Any, pytest.MonkeyPatch], dict[str, Any]]] = {
     "README.md": for_readme,
     "docs/inference.md": for_inference,
+    "docs/merging.md": for_merging,
     "docs/stylize.md": for_stylize,
     "docs/compat.md": for_compat,
     "docs/evaluation.md": for_evaluation,

@@ -344,6 +344,26 @@ def test_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli.main(["info"]) == 130
 
 
+@pytest.mark.parametrize("name", ["random_flip", "hflip"])
+def test_a_flag_by_the_name_that_another_script_has(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """On the command line and in a file."""
+    from svdiff import cli
+
+    found: list[svdiff.TrainConfig] = []
+    monkeypatch.setattr(importlib.import_module("svdiff.train"), "train", found.append)
+    base = ["train", "--pretrained_model_name_or_path", "base"]
+    file = tmp_path / "run.yaml"
+    file.write_text(f"{name}: true\nnoaug: no\n")
+    assert cli.main([*base, f"--{name}"]) == cli.main([*base, "--config", str(file)]) == 0
+    assert cli.main([*base, "--config", str(file), f"--{name}", "no"]) == 0
+    assert [config.random_flip for config in found] == [True, True, False]
+    file.write_text("help: true\n")
+    assert cli.main([*base, "--config", str(file)]) == 2
+    assert "there is no setting 'help'" in capsys.readouterr().err
+
+
 def test_settings_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """Those on the command line win, wherever they stand; a word means what it says, whatever YAML makes of it."""
     from svdiff import cli

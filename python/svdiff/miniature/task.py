@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 _CLASS_PICTURES = 160
-_EXAMPLES = (
+EXAMPLES = (
     ("left", "large", "white"),
     ("right", "large", "gray"),
     ("center", "large", "black"),
@@ -60,15 +60,19 @@ class Task:
 
     def write_pictures(self, folder: Path, subject: str) -> list[Image]:
         """Render the examples of a subject, with their captions in ``metadata.jsonl``."""
-        folder.mkdir(parents=True)
-        rng, images, lines = random.Random(self.seed), [], []
-        for i, scene in enumerate(self._split(subject)[0]):
-            images.append(world.render(scene, rng))
-            images[-1].save(folder / f"{i}.png")
+        folder.mkdir(parents=True, exist_ok=True)
+        images, lines = self.examples(subject), []
+        for i, (image, scene) in enumerate(zip(images, self._split(subject)[0], strict=True)):
+            image.save(folder / f"{i}.png")
             phrase = f"a {scene.items[0].size} {self.token(subject)} {world.CLASS_NOUN}"
             lines.append(json.dumps({"file_name": f"{i}.png", "text": self.prompt(scene), "phrase": phrase}))
         (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
         return images
+
+    def examples(self, subject: str) -> list[Image]:
+        """The pictures of a subject to learn from."""
+        rng = random.Random(self.seed)
+        return [world.render(scene, rng) for scene in self._split(subject)[0]]
 
     def prompt(self, scene: world.Scene) -> str:
         """A scene of subjects in words, each by its token."""
@@ -127,7 +131,7 @@ class Task:
         """The scenes to learn from, and the others."""
         scenes = world.subject_scenes(subject)
         by_look = {(s.items[0].position, s.items[0].size, s.background): s for s in scenes}
-        examples = [by_look[p, z, _GROUND if self._several else g] for p, z, g in _EXAMPLES[: self.pictures]]
+        examples = [by_look[p, z, _GROUND if self._several else g] for p, z, g in EXAMPLES[: self.pictures]]
         return examples, [scene for scene in scenes if scene not in examples]
 
 

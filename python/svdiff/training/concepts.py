@@ -81,7 +81,9 @@ def concepts_of(config: TrainConfig) -> list[Concept]:
     """
     if config.concepts_list is None:
         prompts = tuple(config.class_prompt or ())
-        return [Concept(config.instance_data_dir, config.instance_prompt, prompts, config.class_data_dir)]
+        only = Concept(config.instance_data_dir, config.instance_prompt, prompts, config.class_data_dir)
+        _check_real_prior(config, [only])
+        return [only]
     path = Path(config.concepts_list).expanduser()
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
@@ -92,11 +94,25 @@ def concepts_of(config: TrainConfig) -> list[Concept]:
     found = [_concept(entry, f"{path}, concept {i}") for i, entry in enumerate(entries, start=1)]
     if config.with_prior_preservation and (lacking := [c for c in found if not c.class_prompt]):
         raise SVDiffError(f"{lacking[0]}: with_prior_preservation needs its class_prompt")
+    _check_real_prior(config, found)
     if config.cut_mix_probability and len(found) < 2:
         raise SVDiffError(f"{path} has one concept: cut_mix_probability needs two or more")
     for concept in found if config.unmix_loss_weight else []:
         concept.own_token()
     return found
+
+
+def _check_real_prior(config: TrainConfig, concepts: Sequence[Concept]) -> None:
+    for concept in concepts if config.real_prior else []:
+        common = config.real_prior_dir or config.real_prior_dataset
+        if common and concept.class_data_dir:
+            raise SVDiffError(
+                f"{concept}: it has a class_data_dir, and there is {common} to choose from: leave one out"
+            )
+        if not common and not concept.class_data_dir:
+            raise SVDiffError(
+                "real_prior has no pictures to choose from: give real_prior_dir, real_prior_dataset or class_data_dir"
+            )
 
 
 def _concept(entry: object, where: str) -> Concept:

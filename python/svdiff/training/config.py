@@ -21,8 +21,8 @@ Method = Literal["svdiff", "lora", "full", "custom_diffusion", "textual_inversio
 Tracker = Literal["auto", "tensorboard", "wandb", "all", "none"]
 
 
-def _flag(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def _flag(default: Any, text: str, *, alias: str | None = None) -> Any:
+    return field(default=default, metadata={"help": text} | ({"aliases": [alias]} if alias else {}))
 
 
 @dataclass
@@ -59,6 +59,20 @@ class TrainConfig:
     prior_generation_num_inference_steps: int = _flag(50, "steps per class picture")
     prior_generation_guidance_scale: float | None = _flag(None, "guidance of class pictures; default: the pipeline's")
 
+    real_prior: bool = _flag(False, "choose class pictures by their captions from pictures that there are; draw none")
+    real_prior_dir: str | None = _flag(
+        None, "folder to choose from, with a caption for each picture; default: class_data_dir"
+    )
+    real_prior_dataset: str | None = _flag(
+        None, "dataset to choose from instead; captions are in caption_column, or else in text"
+    )
+    real_prior_min_similarity: float = _flag(
+        0.85, "cosine of a caption's and the class prompt's embeddings, for a picture to be chosen"
+    )
+    real_prior_clip: str | None = _flag(
+        None, "CLIP to embed them with, a folder or hub id; default: the model's own text encoder, before projection"
+    )
+
     cut_mix_probability: float = _flag(
         0.0, "of two subjects side by side in a training picture; 0.6 is the paper's, for several subjects"
     )
@@ -94,6 +108,9 @@ class TrainConfig:
     one_dim: OneDim = _flag("vector", "how weights of norms move")
     lora_rank: int = _flag(4, "of method lora")
     train_text_encoder: bool = _flag(False, "train the text encoders too (CLIP's; T5 stays as it is)")
+    init_from: str | None = _flag(
+        None, "folder of an earlier run: begin with what it has learnt, for one concept after the other"
+    )
     svd_cache_dir: str | None = _flag(None, "where decompositions are kept; default: $SVDIFF_CACHE or the user's cache")
 
     resolution: int | None = _flag(None, "side of the training pictures; default: what the model was trained at")
@@ -101,7 +118,11 @@ class TrainConfig:
         None, "sizes height,width;height,width;... : each picture is cut to the one most like it; auto: of equal area"
     )
     center_crop: bool = _flag(False, "cut pictures at the centre, not anywhere")
-    random_flip: bool = _flag(False, "mirror pictures by chance")
+    random_flip: bool = _flag(False, "mirror pictures by chance", alias="--hflip")
+    size_augmentation: bool = _flag(
+        False, "make the subject smaller or larger by chance, and say so in the caption; method custom_diffusion does"
+    )
+    noaug: bool = _flag(False, "do not, though the method does")
     cache_latents: bool = _flag(True, "encode pictures once, unless they are cut at random")
     train_batch_size: int = _flag(1, "subject pictures per step and process; as many class pictures come on top")
     num_train_epochs: int | None = _flag(None, "rounds through the subject's pictures, instead of max_train_steps")
@@ -197,6 +218,11 @@ def check(config: TrainConfig) -> None:
     _check_libraries(config)
 
 
+def resizes(config: TrainConfig) -> bool:
+    """Whether subjects' pictures are made smaller or larger by chance."""
+    return not config.noaug and (config.size_augmentation or config.method == "custom_diffusion")
+
+
 def differences(before: dict[str, Any], config: TrainConfig) -> list[str]:
     """Settings of a run to be resumed that its checkpoint was not made with, as ``name old -> new``."""
     free = {"output_dir", "overwrite", "resume_from_checkpoint", "checkpoints_total_limit", "checkpointing_steps"}
@@ -237,6 +263,8 @@ def _check_numbers(config: TrainConfig) -> None:
     for name in ("adam_beta1", "adam_beta2", "inversion_dropout"):
         if not 0 <= getattr(config, name) < 1:
             raise SVDiffError(f"{name} must be at least 0 and below 1, not {getattr(config, name)}")
+    if not -1 <= config.real_prior_min_similarity <= 1:
+        raise SVDiffError(f"real_prior_min_similarity must be from -1 to 1, not {config.real_prior_min_similarity}")
     if not 0 <= config.seed < 2**32:
         raise SVDiffError(f"seed must be from 0 to {2**32 - 1}, not {config.seed}")
 
@@ -260,6 +288,16 @@ def _check_sources(config: TrainConfig) -> None:
             raise SVDiffError(f"cut_mix_prompts: {prompt!r} lacks {{first}} or {{second}}")
     if config.with_prior_preservation and not config.class_prompt and not config.concepts_list:
         raise SVDiffError("with_prior_preservation needs a class_prompt")
+    if config.real_prior and not config.with_prior_preservation:
+        raise SVDiffError("real_prior needs with_prior_preservation and a class_prompt")
+    for name in ("real_prior_dir", "real_prior_dataset", "real_prior_clip"):
+        if getattr(config, name) and not config.real_prior:
+            raise SVDiffError(f"{name} needs real_prior")
+    given = [name for name in ("class_data_dir", "real_prior_dir", "real_prior_dataset") if getattr(config, name)]
+    if config.real_prior and len(given) > 1:
+        raise SVDiffError(f"{' and '.join(given)} exclude each other with real_prior: choose one to choose from")
+    if config.init_from and not os.path.isdir(os.path.expanduser(config.init_from)):
+        raise SVDiffError(f"init_from: there is no folder {config.init_from}")
 
 
 def _check_combinations(config: TrainConfig) -> None:
@@ -278,6 +316,11 @@ def _check_combinations(config: TrainConfig) -> None:
         raise SVDiffError("cut_mix_probability needs several subjects: give a concepts_list")
     if config.aspect_ratio_buckets and config.cut_mix_probability:
         raise SVDiffError("aspect_ratio_buckets and cut_mix_probability exclude each other: choose one")
+    if config.size_augmentation and config.noaug:
+        raise SVDiffError("size_augmentation and noaug exclude each other: choose one")
+    if config.cut_mix_probability and resizes(config):
+        way_out = "leave it out" if config.size_augmentation else "pass noaug"
+        raise SVDiffError(f"cut_mix_probability and size_augmentation exclude each other: {way_out}")
     if config.method != "svdiff":
         for name, default in (("rank", None), ("shift_penalty", 0.0), ("shard_factors", False)):
             if getattr(config, name) != default:
@@ -310,6 +353,8 @@ def _check_tokens(config: TrainConfig) -> None:
         raise SVDiffError("num_vectors and learning_rate_tokens are of a modifier_token")
     if config.image_encoder is not None and len(tokens) != 1:
         raise SVDiffError(f"image_encoder needs one modifier_token, such as <style>, not {len(tokens)}")
+    if config.image_encoder is not None and config.init_from is not None:
+        raise SVDiffError("image_encoder and init_from exclude each other: a network begins with initializer_token")
     for name, default in (("inversion_layers", 2), ("inversion_dropout", 0.05)):
         if config.image_encoder is None and getattr(config, name) != default:
             raise SVDiffError(f"{name} is of a network that image_encoder asks for")
@@ -327,7 +372,7 @@ def _check_libraries(config: TrainConfig) -> None:
         "bitsandbytes": ("bitsandbytes", config.use_8bit_adam),
         "prodigyopt": ("prodigyopt", config.optimizer == "prodigy"),
         "peft": ("peft", config.method == "lora"),
-        "datasets": ("datasets", config.dataset_name is not None),
+        "datasets": ("datasets", (config.dataset_name or config.real_prior_dataset) is not None),
     }
     for package, (module, wanted) in needed.items():
         if wanted and not installed(module):

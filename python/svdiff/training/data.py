@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,48 +83,71 @@ def _captioned(path: Path, metadata: dict[str, dict[str, str]], prompt: str | No
     return Picture(path, caption.strip(), phrase=told.get("phrase"))
 
 
-def dataset_pictures(
-    name: str, config_name: str | None = None, *, image_column: str, caption_column: str | None, prompt: str | None
-) -> list[Picture]:
-    """Every picture of a dataset's training split, with its caption.
+class PictureDataset:
+    """A dataset's training split; a picture is read when it is asked for.
 
     Args:
         name: of the dataset on the hub, or a folder that `datasets` can read.
         config_name: which of its configurations.
         image_column: where the pictures are.
-        caption_column: where the captions are; None for `prompt`.
-        prompt: caption of pictures without one.
+        caption_column: where the captions are; None for none.
 
     Raises:
-        SVDiffError: the dataset cannot be loaded, lacks a column, or has a picture with no caption.
+        SVDiffError: it cannot be loaded, lacks a column, or is empty.
     """
-    import datasets
 
-    try:
-        rows: Any = datasets.load_dataset(name, config_name, split="train")
-        for column in (image_column, *([caption_column] if caption_column else [])):
-            if column not in rows.column_names:
-                raise SVDiffError(f"dataset {name} has no column {column!r}, only {', '.join(rows.column_names)}")
-        rows = rows.cast_column(image_column, datasets.Image(decode=False))
-        found = [(row[image_column], (row[caption_column] if caption_column else None) or prompt) for row in rows]
-    except SVDiffError:
-        raise
-    except Exception as error:  # of a library that asks the network, the disk and other people's scripts
-        raise SVDiffError(f"cannot load the dataset {name}: {' '.join(str(error).split())}") from error
-    pictures = []
-    for i, (image, caption) in enumerate(found):
-        where = f"{name}[{i}]"
-        if image is None:
-            raise SVDiffError(f"{where} has no picture in column {image_column!r}")
-        if caption is not None and not isinstance(caption, str):
-            raise SVDiffError(f"{where} has in column {caption_column!r} no text, but {type(caption).__name__}")
-        if not caption or not caption.strip():
-            raise SVDiffError(f"{where} has no caption: give caption_column or instance_prompt")
-        content = image["bytes"]
-        pictures.append(Picture(Path(image["path"] if content is None else where), caption.strip(), content))
-    if not pictures:
-        raise SVDiffError(f"dataset {name} has no pictures")
-    return pictures
+    def __init__(self, name: str, config_name: str | None, *, image_column: str, caption_column: str | None) -> None:
+        import datasets
+
+        self.name, self._image_column, self._caption_column = name, image_column, caption_column
+        with self._loading():
+            rows: Any = datasets.load_dataset(name, config_name, split="train")
+            for column in (image_column, *([caption_column] if caption_column else [])):
+                if column not in rows.column_names:
+                    raise SVDiffError(f"dataset {name} has no column {column!r}, only {', '.join(rows.column_names)}")
+            self._rows = rows.cast_column(image_column, datasets.Image(decode=False))
+            self.captions: list[Any] = list(rows[caption_column]) if caption_column else [None] * len(rows)
+        if not self.captions:
+            raise SVDiffError(f"dataset {name} has no pictures")
+
+    def pictures(self, numbers: Sequence[int], prompt: str | None = None) -> list[Picture]:
+        """Some of its pictures; `prompt` is the caption of those without one.
+
+        Raises:
+            SVDiffError: one is not there, or has no caption, or one that is no text.
+        """
+        with self._loading():
+            images = [row[self._image_column] for row in self._rows.select(numbers)]
+        pictures = []
+        for number, image in zip(numbers, images, strict=True):
+            where, caption = f"{self.name}[{number}]", self.captions[number] or prompt
+            if image is None:
+                raise SVDiffError(f"{where} has no picture in column {self._image_column!r}")
+            if caption is not None and not isinstance(caption, str):
+                kind = type(caption).__name__
+                raise SVDiffError(f"{where} has in column {self._caption_column!r} no text, but {kind}")
+            if not caption or not caption.strip():
+                raise SVDiffError(f"{where} has no caption: give caption_column or instance_prompt")
+            content = image["bytes"]
+            pictures.append(Picture(Path(image["path"] if content is None else where), caption.strip(), content))
+        return pictures
+
+    @contextmanager
+    def _loading(self) -> Iterator[None]:
+        try:
+            yield
+        except SVDiffError:
+            raise
+        except Exception as error:  # of a library that asks the network, the disk and other people's scripts
+            raise SVDiffError(f"cannot load the dataset {self.name}: {' '.join(str(error).split())}") from error
+
+
+def dataset_pictures(
+    name: str, config_name: str | None = None, *, image_column: str, caption_column: str | None, prompt: str | None
+) -> list[Picture]:
+    """Every picture of a dataset's training split, with its caption, or else `prompt`; see `PictureDataset`."""
+    dataset = PictureDataset(name, config_name, image_column=image_column, caption_column=caption_column)
+    return dataset.pictures(range(len(dataset.captions)), prompt)
 
 
 @dataclass(frozen=True)
@@ -131,7 +155,7 @@ class Loaded:
     """A picture in memory.
 
     Attributes:
-        image: upright, in RGB, scaled to cover `bucket`.
+        image: upright, in RGB, scaled to cover `bucket`, or a multiple of it.
         original: height and width of the file's.
         bucket: which of the training sizes is most like it.
     """
@@ -141,8 +165,13 @@ class Loaded:
     bucket: Size
 
 
-def load_picture(picture: Picture, buckets: Sequence[Size]) -> Loaded:
+def load_picture(picture: Picture, buckets: Sequence[Size], *, detail: float = 1.0) -> Loaded:
     """Read a picture for training at one of some sizes.
+
+    Args:
+        picture: which.
+        buckets: the sizes.
+        detail: how many times the size it is kept at, for those that will be enlarged.
 
     Raises:
         SVDiffError: the file is no picture, or a damaged one.
@@ -154,7 +183,8 @@ def load_picture(picture: Picture, buckets: Sequence[Size]) -> Loaded:
         raise SVDiffError(f"cannot read the picture {picture.path}: {type(error).__name__}") from error
     original = (image.height, image.width)
     bucket = bucket_of(original, buckets)
-    return Loaded(_covering(image, bucket), original, bucket)
+    kept = (round(bucket[0] * detail), round(bucket[1] * detail))
+    return Loaded(_covering(image, kept), original, bucket)
 
 
 @dataclass(frozen=True)
@@ -165,11 +195,13 @@ class Cut:
         pixels: ``[3, h, w]`` in -1..1.
         original: height and width of the whole picture, before it was scaled.
         corner: top and left of the piece, in the scaled picture.
+        place: top, left, bottom and right of the piece in `pixels`, if it does not fill them.
     """
 
     pixels: Tensor
     original: Size
     corner: Size
+    place: tuple[int, int, int, int] | None = None
 
 
 def centre_of(image: Image.Image, side: int) -> Image.Image:
@@ -188,8 +220,33 @@ def cut(picture: Loaded, size: Size, *, center: bool, flip: bool, rng: torch.Gen
     image = _covering(picture.image, size)
     corner = []
     for free in (image.height - size[0], image.width - size[1]):
-        corner.append(free // 2 if center or not free else int(torch.randint(free + 1, (), generator=rng)))
+        corner.append(free // 2 if center else _anywhere(free, rng))
     return _piece(_pixels(image), picture, (corner[0], corner[1]), size, flip)
+
+
+def resized(
+    picture: Loaded, canvas: Size, ratio: float, *, step: int, center: bool, flip: bool, rng: torch.Generator
+) -> Cut:
+    """What `cut` gives, made smaller and put somewhere on gray; or larger, and a piece of that.
+
+    Args:
+        picture: what it is of.
+        canvas: size of what is returned.
+        ratio: how large, for `cut` gives 1.
+        step: a smaller one's sides and place are multiples of it.
+        center: see `cut`; where a smaller one is, and what is cut from a larger one, is always left to chance.
+        flip: whether it is mirrored.
+        rng: chance.
+    """
+    height, width = (max(step, round(side * ratio / step) * step) for side in canvas)
+    whole = cut(picture, (height, width), center=center, flip=False, rng=rng)
+    if ratio > 1:
+        top, left = _anywhere(height - canvas[0], rng), _anywhere(width - canvas[1], rng)
+        return _piece(whole.pixels, picture, (top, left), canvas, flip, within=whole.corner)
+    top, left = (step * _anywhere((side - own) // step, rng) for side, own in zip(canvas, (height, width), strict=True))
+    pixels = torch.zeros(3, *canvas)  # gray, as the authors of Custom Diffusion have it
+    pixels[:, top : top + height, left : left + width] = whole.pixels.flip(-1) if flip else whole.pixels
+    return replace(whole, pixels=pixels, place=(top, left, top + height, left + width))
 
 
 class Half(NamedTuple):
@@ -314,7 +371,12 @@ def _pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).to(torch.float32) / 127.5 - 1
 
 
-def _piece(pixels: Tensor, picture: Loaded, corner: Size, size: Size, flip: bool) -> Cut:
+def _piece(pixels: Tensor, picture: Loaded, corner: Size, size: Size, flip: bool, *, within: Size = (0, 0)) -> Cut:
     (top, left), (height, width) = corner, size
     piece = pixels[:, top : top + height, left : left + width]
-    return Cut(piece.flip(-1) if flip else piece, picture.original, corner)
+    return Cut(piece.flip(-1) if flip else piece, picture.original, (top + within[0], left + within[1]))
+
+
+def _anywhere(free: int, rng: torch.Generator) -> int:
+    """How much of the free room comes first; chance is asked only if there is any."""
+    return int(torch.randint(free + 1, (), generator=rng)) if free else 0

@@ -15,6 +15,7 @@ from .cutmix import PLAIN, CutMix, Mixture
 from .data import Loaded, Size
 from .families import Family
 from .noising import Noising
+from .resizing import UNCHANGED, draw_resizing
 from .sources import Captions, Latents, Piece
 from .unmix import Unmix
 
@@ -30,6 +31,7 @@ class Batch(NamedTuple):
         captions: ``[B]``, as `Captions.embed` numbers them.
         sizes: ``[B, 6]``, see `Family.predict`.
         arrangements: ``[B]``, see `cutmix`.
+        masks: ``[B, 1, h, w]``, how much each place counts, 1 on average.
     """
 
     noisy: Tensor
@@ -39,6 +41,7 @@ class Batch(NamedTuple):
     captions: Tensor
     sizes: Tensor
     arrangements: Tensor
+    masks: Tensor
 
 
 class Pool:
@@ -51,6 +54,7 @@ class Pool:
         captions: of all pictures.
         cut_mix: which samples are mixtures; None for none.
         seed: of the run.
+        resized: whether pictures are made smaller or larger by chance, see `resizing`.
     """
 
     def __init__(
@@ -61,8 +65,11 @@ class Pool:
         captions: Sequence[str],
         cut_mix: CutMix | None,
         seed: int,
+        *,
+        resized: bool = False,
     ) -> None:
         self.name, self.numbers, self.captions, self.cut_mix = name, numbers, captions, cut_mix
+        self.resized = resized
         self._buckets: dict[Size, list[int]] = {}
         for number in numbers:
             self._buckets.setdefault(pictures[number].bucket, []).append(number)
@@ -163,6 +170,7 @@ class DreamBooth:
             self._captions.numbers([sample.caption for sample in samples]),
             torch.cat([sample.sizes for sample in samples]),
             torch.tensor([sample.arrangement for sample in samples]).to(latents.device),
+            torch.cat([sample.masks for sample in samples]),
         )
 
     def loss(
@@ -174,13 +182,15 @@ class DreamBooth:
         captions: Tensor,
         sizes: Tensor,
         arrangements: Tensor,
+        masks: Tensor,
     ) -> Tensor:
         """The loss of a `Batch`, whose parts are the arguments; the CPU does not wait for the device."""
         conditions = tuple(part.to(self._dtype) for part in self._captions.embed(captions))
         if self._unmix is not None:
             self._unmix.start()
         predicted = self._family.predict(noisy, timesteps, conditions, sizes)
-        losses = F.mse_loss(predicted.float(), target, reduction="none").flatten(1).mean(dim=1) * weights
+        squares = F.mse_loss(predicted.float(), target, reduction="none") * masks
+        losses = squares.flatten(1).mean(dim=1) * weights
         by_pool = losses.reshape(len(self._pools), -1).mean(dim=1)
         loss = by_pool[0] if len(by_pool) == 1 else by_pool[0] + self._prior_weight * by_pool[1]
         if self._unmix is not None:
@@ -197,31 +207,34 @@ class DreamBooth:
         rngs = [generator(self._seed, pool.name, batch * self._total + place) for place in self._places]
         mixtures = [pool.cut_mix.draw(rng) if pool.cut_mix else None for rng in rngs]
         flips = [self._random_flip and bool(torch.rand((), generator=rng) < 0.5) for rng in rngs]
+        resizings = [draw_resizing(rng) if pool.resized else UNCHANGED for rng in rngs]
         plain = [i for i, mixture in enumerate(mixtures) if mixture is None]
-        pieces = [Piece(numbers[i], size, flip=flips[i]) for i in plain]
+        pieces = [Piece(numbers[i], size, flip=flips[i], ratio=resizings[i].ratio) for i in plain]
         wholes = self._latents.draw(pieces, [rngs[i] for i in plain]) if plain else ()
         rows = zip(*(part.split(1) for part in wholes), strict=True)
-        for number, mixture, rng in zip(numbers, mixtures, rngs, strict=True):
+        for number, mixture, resizing, rng in zip(numbers, mixtures, resizings, rngs, strict=True):
             if mixture is None:
-                latents, sizes = next(rows)
-                yield _Sample(latents, sizes, pool.captions[number], PLAIN, rng)
+                latents, sizes, masks = next(rows)
+                yield _Sample(latents, sizes, masks, resizing.words + pool.captions[number], PLAIN, rng)
             else:
-                latents, sizes = self._mix(mixture, size, rng)
-                yield _Sample(latents, sizes, mixture.caption, mixture.arrangement, rng)
+                latents, sizes, masks = self._mix(mixture, size, rng)
+                yield _Sample(latents, sizes, masks, mixture.caption, mixture.arrangement, rng)
 
-    def _mix(self, mixture: Mixture, size: Size, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _mix(self, mixture: Mixture, size: Size, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Two halves are put together as latents: so each is encoded but once."""
         pieces = [Piece(number, size, half) for number, half in zip(mixture.pictures, mixture.halves, strict=True)]
-        latents = [self._latents.draw([piece], [rng])[0] for piece in pieces]
-        mixed = torch.cat(latents, dim=mixture.halves[0].axis)
-        return mixed, torch.tensor([[*size, 0, 0, *size]], device=mixed.device)
+        (one, _, mask), (other, _, other_mask) = (self._latents.draw([piece], [rng]) for piece in pieces)
+        axis = mixture.halves[0].axis
+        mixed = torch.cat([one, other], dim=axis)
+        return mixed, torch.tensor([[*size, 0, 0, *size]], device=mixed.device), torch.cat([mask, other_mask], dim=axis)
 
 
 class _Sample(NamedTuple):
-    """Of a batch: latents ``[1, C, h, w]``, sizes ``[1, 6]``, and a source of chance that has been drawn from."""
+    """Of a batch: what `Latents.draw` gives of one piece, and a source of chance that has been drawn from."""
 
     latents: Tensor
     sizes: Tensor
+    masks: Tensor
     caption: str
     arrangement: int
     rng: torch.Generator

@@ -8,23 +8,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from typing_extensions import override
 
-from svdiff_kernels import FactorCache
+from svdiff_kernels import FactorCache, SVDiffError
 
+from .. import custom_diffusion
 from ..adapter import Adapter
-from ..attach import attach
+from ..attach import attach, base_model_of
 from ..attached import weight_of
 from ..cache import build
+from ..checkpoint import read_all
+from ..pipelines import load_pipeline
 from ..targets import select
-from ..tokens import LearnedTokens, add_token, initial_vectors, learned_tokens, save_tokens, vectors_of
+from ..tokens import (
+    LearnedTokens,
+    add_token,
+    initial_vectors,
+    learned_tokens,
+    read_tokens,
+    save_tokens,
+    token_files_of,
+    vectors_of,
+)
 from .chance import seed_of
 from .config import TrainConfig
 from .data import Picture
-from .families import Family
+from .families import Family, family_of
 from .inversion_network import InversionNetwork, image_states, save_network
 
+_LORA_FILE = "pytorch_lora_weights.safetensors"
 _ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]  # of a LoRA, as in diffusers' scripts
 
 
@@ -66,7 +81,12 @@ class Method:
     def param_groups(self, lr: float, lr_1d: float, lr_encoders: float, lr_tokens: float) -> list[dict[str, Any]]:
         """What trains, as groups for an optimiser."""
         groups = self._weight_groups(lr, lr_1d, lr_encoders)
-        groups.append({"params": self._token_parameters(), "lr": lr_tokens})
+        tokens = {
+            "params": self._token_parameters(),
+            "lr": lr_tokens,
+            "weight_decay": 0.0,
+        }  # it would move unused words
+        groups.append(tokens)
         return [group for group in groups if group["params"]]
 
     def _weight_groups(self, lr: float, lr_1d: float, lr_encoders: float) -> list[dict[str, Any]]:
@@ -111,7 +131,8 @@ class Method:
             (token,) = self._config.modifier_token or []
             how = {"token": token, "image_encoder": str(self._config.image_encoder)}
             files.append(save_network(directory, self._networks, self._starts, **how))
-        return [*files, *save_tokens(directory, vectors_of(self._family.pipeline))] if self._tokens else files
+        tokens = vectors_of(self._family.pipeline)  # those of an earlier run too
+        return [*files, *save_tokens(directory, tokens)] if tokens else files
 
     def _save_weights(self, directory: Path, **told: Any) -> list[Path]:
         """Without the tokens."""
@@ -145,6 +166,32 @@ class Method:
             networks[name] = InversionNetwork(tokens.vectors.shape[1], states.shape[1], **how).to(device)
             tokens.invert_by(networks[name], states)
         return networks
+
+    def start_from(self, directory: Path) -> None:
+        """Begin with what an earlier run has saved, as concepts learnt one after the other do; before `cast`.
+
+        Its new words are known from then on. One that is not learnt here too stays as it is, and is saved again.
+
+        Raises:
+            SVDiffError: it is not of this method, or of another base, of other targets or of another rank. Nothing is
+                changed.
+        """
+        earlier = read_tokens(directory)
+        self._load_weights(directory)
+        known = vectors_of(self._family.pipeline)
+        for token, vectors in earlier.items():
+            if token not in known:
+                add_token(self._family.pipeline, token, vectors)
+                continue
+            for name, learned in self._tokens.items():
+                own = learned.vectors.data[learned.spans[token]]
+                if name not in vectors or own.shape != vectors[name].shape:
+                    raise SVDiffError(f"init_from {directory}: {token} has other vectors there: see num_vectors")
+                own.copy_(vectors[name])
+
+    def _load_weights(self, directory: Path) -> None:
+        """Without the tokens."""
+        raise SVDiffError(f"init_from: method {self._config.method} cannot begin with what an earlier run has learnt")
 
 
 class SpectralShifts(Method):
@@ -183,6 +230,16 @@ class SpectralShifts(Method):
     def _save_weights(self, directory: Path, **told: Any) -> list[Path]:
         return self.adapter.save_weights(directory, None, **told)
 
+    @override
+    def _load_weights(self, directory: Path) -> None:
+        try:
+            earlier = read_all(directory)
+            if lacking := sorted(earlier.keys() - {part.role for part in self.adapter.parts}):
+                raise SVDiffError(f"it has shifts of the {lacking[0]}: train that too, with train_text_encoder")
+            self.adapter.load_weights(directory)
+        except SVDiffError as error:
+            raise SVDiffError(f"init_from {directory}: {error}") from error
+
 
 class Lora(Method):
     """A LoRA by PEFT, for comparison."""
@@ -205,11 +262,44 @@ class Lora(Method):
     def _save_weights(self, directory: Path, **told: Any) -> list[Path]:
         from peft.utils import get_peft_model_state_dict
 
-        role = "unet" if hasattr(self._family.pipeline, "unet") else "transformer"
-        models = {role: self._family.denoiser, **self.encoders}
-        layers = {f"{name}_lora_layers": get_peft_model_state_dict(model) for name, model in models.items()}
+        layers = {f"{role}_lora_layers": get_peft_model_state_dict(model) for role, model in self._by_role().items()}
         self._family.pipeline.save_lora_weights(directory, **layers)
-        return [directory / "pytorch_lora_weights.safetensors"]
+        return [directory / _LORA_FILE]
+
+    @override
+    def _load_weights(self, directory: Path) -> None:
+        from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+
+        file = directory / _LORA_FILE
+        try:
+            found = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise SVDiffError(f"init_from {directory}: cannot read {_LORA_FILE}: {error}") from error
+        own = {
+            f"{role}.{key}": tensor
+            for role, model in self._by_role().items()
+            for key, tensor in get_peft_model_state_dict(model).items()
+        }
+        if differing := sorted(found.keys() ^ own.keys()):
+            raise SVDiffError(
+                f"init_from {file}: {differing[0]} is {'not trained here' if differing[0] in found else 'not there'}: "
+                "it is of other targets, another base, or other text encoders"
+            )
+        for key, tensor in own.items():
+            if found[key].shape != tensor.shape:
+                raise SVDiffError(
+                    f"init_from {file}: {key} has shape {list(found[key].shape)}, not {list(tensor.shape)}: "
+                    "it is of another lora_rank or another base"
+                )
+        for role, model in self._by_role().items():
+            begin = f"{role}."
+            set_peft_model_state_dict(
+                model, {k.removeprefix(begin): v for k, v in found.items() if k.startswith(begin)}
+            )
+
+    def _by_role(self) -> dict[str, Any]:
+        role = "unet" if hasattr(self._family.pipeline, "unet") else "transformer"
+        return {role: self._family.denoiser, **self.encoders}
 
 
 class AllWeights(Method):
@@ -231,6 +321,26 @@ class AllWeights(Method):
         self._family.pipeline.save_pretrained(directory / "pipeline")
         return sorted(path for path in (directory / "pipeline").rglob("*.safetensors"))
 
+    @override
+    def _load_weights(self, directory: Path) -> None:
+        folder = directory / "pipeline"
+        if not folder.is_dir():
+            raise SVDiffError(f"init_from: there is no folder {folder}, which a run of method full leaves")
+        earlier = family_of(load_pipeline(str(folder)))
+        own = self._all_models(self._family)
+        for role, other in self._all_models(earlier).items():
+            shapes = [
+                {name: t.shape for name, t in model.state_dict().items()} for model in (own.get(role), other) if model
+            ]
+            if len(shapes) < 2 or shapes[0] != shapes[1]:
+                raise SVDiffError(f"init_from {folder}: its {role} is of another base")
+        for role, other in self._all_models(earlier).items():
+            own[role].load_state_dict(other.state_dict())
+
+    @staticmethod
+    def _all_models(family: Family) -> dict[str, Any]:
+        return {"denoiser": family.denoiser, **family.text_encoders}
+
 
 class CustomDiffusion(Method):
     """Custom Diffusion (arXiv 2212.04488): keys and values of cross-attention, as weights of their own."""
@@ -241,18 +351,25 @@ class CustomDiffusion(Method):
         for model in (family.denoiser, *family.text_encoders.values()):
             model.requires_grad_(False)
         self._layers = select(family.denoiser, "cross_attn_kv", one_dim=False)
-        self._base = {path: weight_of(layer).detach().clone() for path, layer in self._layers.items()}
+        weights = {path: weight_of(layer) for path, layer in self._layers.items()}
+        self._hashes = custom_diffusion.hashes_of(weights)
         for layer in self._layers.values():
             weight_of(layer).requires_grad_(True)
 
     @override
     def _save_weights(self, directory: Path, **told: Any) -> list[Path]:
         weights = {path: weight_of(layer).detach() for path, layer in self._layers.items()}
-        from safetensors.torch import save_file
+        said = {**told, "base_model": base_model_of(self._family.pipeline)}
+        if tokens := list(vectors_of(self._family.pipeline)):
+            said["modifier_tokens"] = tokens
+        return [custom_diffusion.write(directory, weights, said, hashes=self._hashes)]
 
-        directory.mkdir(exist_ok=True, parents=True)
-        save_file({k: v.contiguous() for k, v in weights.items()}, directory / "cd.safetensors")
-        return [directory / "cd.safetensors"]
+    @override
+    def _load_weights(self, directory: Path) -> None:
+        try:
+            custom_diffusion.load(self._family.pipeline, directory)
+        except SVDiffError as error:
+            raise SVDiffError(f"init_from {directory}: {error}") from error
 
 
 class TextualInversion(Method):
@@ -266,6 +383,11 @@ class TextualInversion(Method):
     @override
     def _save_weights(self, directory: Path, **told: Any) -> list[Path]:
         return []
+
+    @override
+    def _load_weights(self, directory: Path) -> None:
+        if not token_files_of(directory):
+            raise SVDiffError(f"init_from {directory}: there are no learned tokens")
 
 
 METHODS: Mapping[str, type[Method]] = {

@@ -11,12 +11,13 @@ from svdiff_kernels import SVDiffError
 
 from ..progress import progress_bar
 from .concepts import Concept
-from .config import TrainConfig
+from .config import TrainConfig, resizes
 from .cutmix import CutMix
 from .data import Picture, Size, load_picture
 from .dreambooth import DreamBooth, Pool
 from .families import Family
 from .noising import noising_of
+from .resizing import LARGEST, resized_captions
 from .sources import Captions, Latents
 from .unmix import Unmix
 
@@ -49,7 +50,11 @@ def make_objective(
     numbers: dict[Picture, int] = {}
     for picture in (picture for group in (*instances, *classes) for picture in group):
         numbers.setdefault(picture, len(numbers))
-    loaded = [load_picture(picture, buckets) for picture in progress_bar(list(numbers), "Reading pictures", delay=3)]
+    subjects = {picture for group in instances for picture in group} if resizes(config) else set()
+    loaded = [
+        load_picture(picture, buckets, detail=LARGEST if picture in subjects else 1.0)
+        for picture in progress_bar(list(numbers), "Reading pictures", delay=3)
+    ]
     captions = [picture.caption for picture in numbers]
     pools = []
     mixtures: dict[str, tuple[int, int]] = {}
@@ -67,8 +72,10 @@ def make_objective(
             )
             mixtures |= dict.fromkeys(cut_mix.captions(), (-1, -1)) if of_classes else cut_mix.captions()
         distinct = list(dict.fromkeys(numbers[picture] for group in groups for picture in group))
-        pools.append(Pool(name, distinct, loaded, captions, cut_mix, config.seed))
-    distinct_captions = sorted({*captions, *mixtures})
+        resized = resizes(config) and name == "instance"
+        pools.append(Pool(name, distinct, loaded, captions, cut_mix, config.seed, resized=resized))
+    changed = [text for picture in subjects for text in resized_captions(picture.caption)]
+    distinct_captions = sorted({*captions, *mixtures, *changed})
     unmix = None
     if config.unmix_loss_weight:
         spots = _spots(family, concepts, distinct_captions, mixtures)
@@ -81,6 +88,7 @@ def make_objective(
             loaded,
             center_crop=config.center_crop,
             cache=config.cache_latents,
+            scale=family.pipeline.vae_scale_factor,
             process=host.process_index,
             processes=host.num_processes,
             gather=host.gather,

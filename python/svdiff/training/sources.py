@@ -11,7 +11,7 @@ from torch import Tensor
 from ..latents import encode
 from ..processes import share
 from ..progress import progress_bar
-from .data import Cut, Half, Loaded, Size, cut, half, leaves_no_choice
+from .data import Cut, Half, Loaded, Size, cut, half, leaves_no_choice, resized
 from .families import Conditions, Family
 
 
@@ -23,12 +23,14 @@ class Piece(NamedTuple):
         size: of the canvas, in pixels.
         half: which the picture fills with what has most in it; None for all of the canvas.
         flip: whether it is mirrored; halves are not.
+        ratio: how large it is, see `data.resized`.
     """
 
     picture: int
     size: Size
     half: Half | None = None
     flip: bool = False
+    ratio: float = 1.0
 
 
 class Encoded(NamedTuple):
@@ -38,11 +40,13 @@ class Encoded(NamedTuple):
         mean: ``[B, C, h, w]``, in the denoiser's units.
         std: likewise.
         sizes: ``[B, 6]``, see `Family.predict`.
+        masks: ``[B, 1, h, w]``, how much each place counts: 0 where no picture is, and 1 on average.
     """
 
     mean: Tensor
     std: Tensor
     sizes: Tensor
+    masks: Tensor
 
     def row(self, i: int) -> Encoded:
         """Of the i-th piece alone."""
@@ -50,7 +54,9 @@ class Encoded(NamedTuple):
 
     def cut(self, half: Half | None) -> Encoded:
         """Only a half of each canvas, if not all of it is asked for."""
-        return self if half is None else self._replace(mean=half.of(self.mean), std=half.of(self.std))
+        if half is None:
+            return self
+        return self._replace(mean=half.of(self.mean), std=half.of(self.std), masks=half.of(self.masks))
 
 
 class Latents:
@@ -61,6 +67,7 @@ class Latents:
         pictures: what pieces are cut from.
         center_crop: cut pieces from the centre, not from anywhere.
         cache: encode a piece once. One that is cut at random is encoded at each draw all the same.
+        scale: pixels a latent, along each side.
         process: number of this process.
         processes: how many there are.
         gather: gives each process the rows of a tensor of all of them, in the order of their numbers.
@@ -73,17 +80,20 @@ class Latents:
         *,
         center_crop: bool,
         cache: bool,
+        scale: int = 8,
         process: int = 0,
         processes: int = 1,
         gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> None:
         self._vae, self._pictures = vae, pictures
-        self._center_crop, self._cache = center_crop, cache
+        self._center_crop, self._cache, self._scale = center_crop, cache, scale
         self._process, self._processes, self._gather = process, processes, gather
         self._known: dict[Piece, Encoded] = {}
 
     def is_fixed(self, piece: Piece) -> bool:
         """Whether a piece is the same at each draw."""
+        if piece.ratio != 1:
+            return False
         image = self._pictures[piece.picture].image
         return piece.half is not None or self._center_crop or leaves_no_choice(image, piece.size)
 
@@ -103,8 +113,8 @@ class Latents:
             everyone = Encoded(*(self._gather(torch.cat(part)) for part in parts))
             self._known |= {piece: everyone.row(i) for i, piece in enumerate(group)}
 
-    def draw(self, pieces: Sequence[Piece], rngs: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
-        """Latents ``[B, C, h, w]`` of pieces of one shape, and their sizes ``[B, 6]``; a generator each."""
+    def draw(self, pieces: Sequence[Piece], rngs: Sequence[torch.Generator]) -> tuple[Tensor, Tensor, Tensor]:
+        """Of pieces of one shape, with a generator each: latents ``[B, C, h, w]``, sizes and masks as of `Encoded`."""
         for piece in pieces:
             if self._cache and piece not in self._known and self.is_fixed(piece):
                 self._known[piece] = self._encode_fixed(piece)
@@ -114,9 +124,9 @@ class Latents:
             (self._known[piece] if made is None or i not in new else made.row(new.index(i))).cut(piece.half)
             for i, piece in enumerate(pieces)
         ]
-        mean, std, sizes = (torch.cat(parts) for parts in zip(*rows, strict=True))
+        mean, std, sizes, masks = (torch.cat(parts) for parts in zip(*rows, strict=True))
         noise = torch.stack([torch.randn(mean.shape[1:], generator=rng) for rng in rngs])
-        return mean + std * noise.to(mean.device), sizes
+        return mean + std * noise.to(mean.device), sizes, masks
 
     def _encode_fixed(self, piece: Piece) -> Encoded:
         """By itself: of a batch the rounding would depend on its neighbours."""
@@ -126,12 +136,31 @@ class Latents:
         picture = self._pictures[piece.picture]
         if piece.half is not None:
             return half(picture, piece.size, piece.half)
-        return cut(picture, piece.size, center=self._center_crop, flip=piece.flip, rng=rng)
+        how: dict[str, Any] = {"center": self._center_crop, "flip": piece.flip, "rng": rng}
+        if piece.ratio != 1:
+            return resized(picture, piece.size, piece.ratio, step=self._scale, **how)
+        return cut(picture, piece.size, **how)
 
     def _encode(self, cuts: Sequence[Cut]) -> Encoded:
         mean, std = encode(self._vae, torch.stack([one.pixels for one in cuts]))
         sizes = [[*one.original, *one.corner, *one.pixels.shape[1:]] for one in cuts]
-        return Encoded(mean, std, torch.tensor(sizes, device=mean.device))
+        masks = torch.stack([self._mask(one, (mean.shape[-2], mean.shape[-1])) for one in cuts])
+        return Encoded(mean, std, torch.tensor(sizes, device=mean.device), masks.to(mean.device))
+
+    def _mask(self, one: Cut, size: Size) -> Tensor:
+        """``[1, h, w]``. Latents at a picture's edge, of which the VAE saw the ground too, count no more than that."""
+        if one.place is None:
+            return torch.ones(1, *size)
+        top, left, bottom, right = (side // self._scale for side in one.place)
+        rows, columns = _inner(top, bottom), _inner(left, right)
+        mask = torch.zeros(1, *size)
+        mask[:, rows, columns] = 1
+        return mask * (mask.numel() / mask.sum())
+
+
+def _inner(first: int, end: int) -> slice:
+    """Without the outermost ones, if any are left then."""
+    return slice(first + 1, end - 1) if end - first > 2 else slice(first, end)
 
 
 class Captions:

@@ -16,6 +16,7 @@ from svdiff.training.config import check, differences
 from svdiff_kernels import SVDiffError
 
 GOOD = TrainConfig("miniature", "pictures", instance_prompt="a sks dog")
+PRIOR: dict[str, Any] = {"with_prior_preservation": True, "class_prompt": ["a dog"]}
 
 
 def test_what_is_in_order_passes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,7 +24,9 @@ def test_what_is_in_order_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     check(replace(GOOD, method="lora", lora_rank=2, max_grad_norm=0, report_to="tensorboard", seed=2**32 - 1))
     check(replace(GOOD, with_prior_preservation=True, class_prompt=["a dog"], prior_generation_scheduler_type="ddim"))
     monkeypatch.setattr(config_module, "has_cuda", lambda: True)
-    check(replace(GOOD, cuda_graphs=True))
+    check(replace(GOOD, cuda_graphs=True, size_augmentation=True))
+    check(replace(GOOD, with_prior_preservation=True, class_prompt=["a dog"], real_prior=True, real_prior_dir="dogs"))
+    check(replace(GOOD, init_from="."))
 
 
 @pytest.mark.parametrize(
@@ -62,6 +65,36 @@ def test_what_is_in_order_passes(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"unmix_loss_weight": 0.1}, "unmix_loss_weight needs mixed pictures"),
         ({"cut_mix_probability": 0.6}, "cut_mix_probability needs several subjects: give a concepts_list"),
         ({"cut_mix_prompts": ["{first} on the left"]}, r"'\{first\} on the left' lacks \{first\} or \{second\}"),
+        ({"size_augmentation": True, "noaug": True}, "size_augmentation and noaug exclude each other"),
+        (
+            {
+                "instance_data_dir": None,
+                "concepts_list": "a",
+                "cut_mix_probability": 0.6,
+                "instance_prompt": None,
+                "size_augmentation": True,
+            },
+            "cut_mix_probability and size_augmentation exclude each other: leave it out",
+        ),
+        (
+            {
+                "instance_data_dir": None,
+                "concepts_list": "a",
+                "cut_mix_probability": 0.6,
+                "instance_prompt": None,
+                "method": "custom_diffusion",
+            },
+            "cut_mix_probability and size_augmentation exclude each other: pass noaug",
+        ),
+        ({"real_prior": True}, "real_prior needs with_prior_preservation"),
+        ({"real_prior_clip": "x"}, "real_prior_clip needs real_prior"),
+        (PRIOR | {"real_prior_dir": "x"}, "real_prior_dir needs real_prior"),
+        (
+            PRIOR | {"real_prior": True, "real_prior_dir": "x", "class_data_dir": "y"},
+            "class_data_dir and real_prior_dir exclude each other",
+        ),
+        (PRIOR | {"real_prior_min_similarity": 1.5}, "real_prior_min_similarity must be from -1 to 1"),
+        ({"init_from": "/nowhere"}, "init_from: there is no folder /nowhere"),
         ({"lr_scheduler": "piecewise_constant"}, "piecewise_constant needs lr_step_rules"),
         ({"cuda_graphs": True}, "cuda_graphs needs an NVIDIA GPU"),
         ({"cuda_graphs": True, "aspect_ratio_buckets": "auto"}, "cuda_graphs and aspect_ratio_buckets exclude"),

@@ -268,7 +268,7 @@ def test_cached_latents_are_what_encoding_gives(kind: str) -> None:
 def test_latents_are_a_sample_of_what_the_vae_says_in_the_denoisers_units(size: tuple[int, int]) -> None:
     """Which are those that pipelines decode: latents / scaling_factor + shift_factor."""
     vae = tiny_vae(latent_channels=6, shift_factor=0.3, scaling_factor=1.7)
-    drawn, sizes = Latents(vae, [loaded(*size)], center_crop=True, cache=True).draw(
+    drawn, sizes, masks = Latents(vae, [loaded(*size)], center_crop=True, cache=True).draw(
         [Piece(0, size)], [torch.Generator().manual_seed(5)]
     )
     pixels = pixels_of(loaded(*size))[None] / 127.5 - 1
@@ -278,6 +278,7 @@ def test_latents_are_a_sample_of_what_the_vae_says_in_the_denoisers_units(size: 
     torch.testing.assert_close(drawn / 1.7 + 0.3, spread.mean + spread.std * noise)
     assert spread.std.mean() > 0.1
     assert sizes.tolist() == [[*size, 0, 0, *size]]
+    assert torch.equal(masks, torch.ones(1, 1, size[0] // 2, size[1] // 2))
 
 
 @pytest.mark.parametrize("beforehand", [True, False])

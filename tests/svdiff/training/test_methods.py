@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -202,3 +203,81 @@ def test_shifts_in_a_transformer_keep_their_place_in_a_subset(
     fresh = load_pipeline(base)
     assert svdiff.load(fresh, result.output_dir).num_parameters() == result.num_parameters
     assert differ(draw(fresh), draw(loaded[0])) < 1e-4
+
+
+TARGETS = "cross_attn_kv"
+EARLIER: dict[str, dict[str, Any]] = {
+    "svdiff": {"targets": TARGETS, "train_text_encoder": True, "rank": 3},
+    "lora": {"method": "lora", "targets": TARGETS, "train_text_encoder": True},
+    "full": {"method": "full", "train_text_encoder": True, "learning_rate": 1e-3},
+}
+
+
+@pytest.mark.parametrize("name", ["sd", "sd3"])
+@pytest.mark.parametrize("method", EARLIER)
+def test_a_run_begins_with_what_an_earlier_one_has_learnt(
+    config: TrainConfig, name: str, method: str, base_of: Callable[[str], Path], loaded: list[Any], tmp_path: Path
+) -> None:
+    """With a rate of zero it ends with that, to the bit; and a base that is not moved asks other questions."""
+    targets = {} if name == "sd" or method == "full" else {"targets": "attention"}
+    config = replace(config, pretrained_model_name_or_path=str(base_of(name)), **EARLIER[method] | targets)
+    earlier = train(config)
+    still = replace(config, learning_rate=0.0, learning_rate_1d=0.0, adam_weight_decay=0.0, use_ema=True)
+    begun = train(replace(still, init_from=str(earlier.output_dir), output_dir=str(tmp_path / "begun")))
+    plain = train(replace(still, output_dir=str(tmp_path / "plain")))
+    assert begun.losses != plain.losses
+    for file in earlier.files:
+        mine, wanted = (load_file(folder / file.relative_to(earlier.output_dir)) for folder in
+                        (begun.output_dir, earlier.output_dir))  # fmt: skip
+        assert mine.keys() == wanted.keys()
+        for key, tensor in wanted.items():
+            assert torch.equal(mine[key], tensor), key
+    assert differ(draw(loaded[0]), draw(loaded[1])) == 0
+    assert differ(draw(loaded[1]), draw(loaded[2])) > 1e-2
+
+
+def test_a_run_with_a_beginning_is_gone_on_with(config: TrainConfig, tmp_path: Path) -> None:
+    """From its checkpoint, not from its beginning again."""
+    earlier = train(replace(config, seed=1))
+    config = replace(config, init_from=str(earlier.output_dir), checkpointing_steps=2, max_train_steps=4)
+    whole = train(replace(config, output_dir=str(tmp_path / "whole")))
+    shutil.rmtree(whole.output_dir / "checkpoint-4")
+    resumed = train(replace(config, output_dir=str(whole.output_dir), resume_from_checkpoint="latest"))
+    assert resumed.losses == whole.losses
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "message"),
+    [
+        ("svdiff", {"targets": "up"}, "belongs to no adapted layer of this model.*other targets"),
+        ("svdiff", {"rank": 2}, "has shape .*rank"),
+        ("svdiff", {"train_text_encoder": False}, "shifts of the text_encoder: train that too"),
+        (
+            "svdiff",
+            {"pretrained_model_name_or_path": "sdxl"},
+            "belongs to no adapted layer|was trained on other weights",
+        ),
+        ("svdiff", {"method": "lora", "rank": None}, "cannot read pytorch_lora_weights.safetensors"),
+        (
+            "svdiff",
+            {"method": "full", "rank": None},
+            "there is no folder .*pipeline, which a run of method full leaves",
+        ),
+        ("lora", {"targets": "up"}, "is not (there|trained here): it is of other targets"),
+        ("lora", {"lora_rank": 2}, "has shape .* of another lora_rank"),
+        ("lora", {"train_text_encoder": False}, "is not trained here: .* other text encoders"),
+        ("lora", {"method": "svdiff"}, "there is no delta file .*spectral_shifts"),
+        ("full", {"pretrained_model_name_or_path": "sdxl"}, "its denoiser is of another base"),
+    ],
+)
+def test_beginnings_of_another_kind_are_refused(
+    config: TrainConfig, method: str, changes: dict[str, Any], message: str, base_of: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    config = replace(config, **EARLIER[method], max_train_steps=1, validation_prompt=None)
+    earlier = train(config)
+    if "pretrained_model_name_or_path" in changes:
+        changes = {"pretrained_model_name_or_path": str(base_of(changes["pretrained_model_name_or_path"]))}
+    with pytest.raises(SVDiffError, match=f"init_from.*({message})"):
+        train(replace(config, init_from=str(earlier.output_dir), output_dir=str(tmp_path / "no"), **changes))
+    assert not (tmp_path / "no").exists()

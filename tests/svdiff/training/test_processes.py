@@ -261,11 +261,28 @@ def test_work_is_shared(team: Team) -> None:
     assert first == {"classes": 3, "encoded": 8, "validation": 2}
     assert second == {"classes": 2, "encoded": 8, "validation": 2}
     one, other = (load_file(shared.folder / f"latents.{rank}") for rank in range(2))
-    assert one.keys() == other.keys() and len(one) == 16 * 3
+    assert one.keys() == other.keys() and len(one) == 16 * 4
     assert all(torch.equal(other[key], tensor) for key, tensor in one.items())
     assert_same_pictures(alone, shared)
     said = shared.said()
     assert "numbers (" in said[0] and said[1] == ""
+
+
+def test_real_pictures_and_sizes_are_the_same_for_all(team: Team, tmp_path: Path) -> None:
+    """Captions are compared in parallel; what is chosen, and how large it is drawn, does not depend on that."""
+    for i, caption in enumerate(["a dog", "dog", "a cat and a dog", "a cat", "a tree", "a dog", "dogs"]):
+        Image.new("RGB", (16, 16), (30 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(caption)
+    settings = {
+        **PRIOR, "real_prior": True, "real_prior_dir": tmp_path, "real_prior_min_similarity": -1,
+        "size_augmentation": True, "random_flip": True,
+    }  # fmt: skip
+    alone, shared = (team.run(n, train_batch_size=4 // n, **settings) for n in (1, 2))
+    assert_same(alone, shared)
+    assert_same_files(alone.output, shared.output)
+    one, other = ((run.output / "real_prior.json").read_text() for run in (alone, shared))
+    assert one == other and [entry["caption"] for entry in json.loads(one)["classes"][0]["chosen"]][:1] == ["a dog"]
+    assert "chose 3 of 7 real pictures" in shared.said()[0] and shared.said()[1] == ""
 
 
 def assert_same_pictures(one: Run, other: Run, *, atol: int = 1) -> None:

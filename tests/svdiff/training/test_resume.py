@@ -96,6 +96,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "lr_power": 2.0,
     },
     "classes": {"with_prior_preservation": True, "class_prompt": ["a dog"], "num_class_images": 3, "noise_offset": 0.1},
+    "sizes": {
+        "size_augmentation": True, "train_batch_size": 3, "random_flip": True, "cache_latents": False,
+        "with_prior_preservation": True, "class_prompt": ["a dog"], "num_class_images": 2,
+    },
     "prodigy": {"optimizer": "prodigy", "learning_rate": 1.0, "learning_rate_1d": 1.0},
     "8 bit": {"use_8bit_adam": True},
     "lora": {"method": "lora", "train_text_encoder": True, "use_ema": True},

@@ -1,0 +1,183 @@
+"""Two subjects in one picture: taught together, or each by itself and then merged or added up.
+
+Who is taught together may see cut-and-mixed pictures. Pairs are asked for on the ground that the pictures had, and on
+others; each subject alone too, as in `subjects`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import svdiff
+import torch
+from svdiff import MergeConfig, TrainConfig, custom_diffusion
+from svdiff.miniature import load_pipeline, world
+from svdiff.miniature.task import Task, agreeing, both_in_place, unchanged
+from svdiff.sampling import grid, save_picture
+
+from .contenders import CUSTOM, LORA_16, SHIFTS, SHIFTS_KV, Contender
+from .runs import Figures, Run
+from .teach import PICTURES, config_of, link_class_images, trained
+
+TOGETHER = 600
+APART = 400
+_PROMPTS = 64
+PAIRS = {
+    "mushroom+robot": ("mushroom", "robot"),
+    "house+fish": ("house", "fish"),
+    "flower+lolly": ("flower", "lolly"),
+    "robot+lolly": ("robot", "lolly"),
+}
+CUT_MIX: dict[str, Any] = {
+    "cut_mix_probability": 0.6,
+    "cut_mix_prompts": [
+        "{first} on the left and {second} on the right, gray background",
+        "{second} on the right and {first} on the left, gray background",
+    ],
+}
+_WORDS = {"modifier_token": ["<sks>", "<zwx>"], "initializer_token": ["toy", "toy"]}
+
+
+@dataclass(frozen=True)
+class Way:
+    """How two subjects are taught.
+
+    Attributes:
+        contender: see there.
+        together: whether in one run.
+        ends: by label, what is made of runs apart: a pipeline of their folders.
+    """
+
+    contender: Contender
+    together: bool = True
+    ends: dict[str, Callable[[Sequence[Path], Task, Path], tuple[Any, Figures]]] = field(default_factory=dict)
+
+
+def run(one: Run, work: Path) -> Figures:
+    """Teach, draw and judge; by name of the end, where there are several."""
+    way, folder = WAYS[one.contender], one.folder(work)
+    task = Task(PAIRS[one.case], one.seed, PICTURES, way.contender.new_words)
+    link_class_images(folder, work, task)
+    if way.together:
+        config = _config(way.contender, task, folder, TOGETHER, task.subjects)
+        result = svdiff.train(config)
+        return {
+            "bytes": sum(file.stat().st_size for file in result.files),
+            **judged(trained(config, result.output_dir), task, folder),
+        }
+    folders = []
+    for subject in task.subjects:
+        own = folder / subject
+        link_class_images(own, work, task)
+        config = _config(_of_one(way.contender, task, subject), task, own, APART, (subject,))
+        folders.append(svdiff.train(config).output_dir)
+    figures = {}
+    for name, end in way.ends.items():
+        pipeline, told = end(folders, task, folder)
+        figures[name] = {**told, **judged(pipeline, task, folder, name)}
+    return {"ends": figures}
+
+
+def judged(pipeline: Any, task: Task, folder: Path, name: str = "pair") -> Figures:
+    """All marks of what a pipeline knows of two subjects; pictures are kept in a folder."""
+    found: Figures = {}
+    for mark, elsewhere in (("both_in_place", False), ("both_elsewhere", True)):
+        prompts, pairs = zip(*task.pairs(_PROMPTS, elsewhere=elsewhere), strict=True)
+        images = task.draw(pipeline, prompts)
+        found[mark] = both_in_place(images, pairs)
+        save_picture(grid(images, 8), folder / f"{name}_{mark}.png")
+    scenes, others = task.new_scenes(_PROMPTS), task.other_scenes(_PROMPTS)
+    found["agreeing"] = agreeing(task.draw(pipeline, [task.prompt(scene) for scene in scenes]), scenes)
+    plain = task.draw(pipeline, [world.caption(scene) for scene in others])
+    return {**found, "unchanged": unchanged(plain, others)}
+
+
+def _config(way: Contender, task: Task, folder: Path, steps: int, subjects: Sequence[str]) -> TrainConfig:
+    how = {"max_train_steps": steps, "checkpointing_steps": 10 * steps, "overwrite": True, **way.settings}
+    if way.new_words and len(subjects) > 1:
+        how |= _WORDS
+    return config_of(task, folder, subjects, **how)
+
+
+def _of_one(way: Contender, task: Task, subject: str) -> Contender:
+    return replace(way, settings={**way.settings, "modifier_token": [task.token(subject)]}) if way.new_words else way
+
+
+def _merged(folders: Sequence[Path], task: Task, folder: Path) -> tuple[Any, Figures]:
+    prompts = [f"a {task.token(subject)} {world.CLASS_NOUN}" for subject in task.subjects]
+    result = svdiff.merge(
+        MergeConfig(
+            ckpt=[str(one) for one in folders],
+            pretrained_model_name_or_path="miniature",
+            prompt=prompts,
+            output_dir=str(folder / "merged"),
+            overwrite=True,
+        )
+    )
+    pipeline = load_pipeline()
+    if custom_diffusion.find(result.path) is None:
+        svdiff.load(pipeline, result.path)
+    else:
+        custom_diffusion.load(pipeline, result.path)
+    svdiff.load_tokens(pipeline, result.path.parent)
+    told = {
+        "merge_seconds": result.seconds,
+        "constraint_error": result.constraint_error,
+        "target_error": result.merged.target_error,
+        "target_error_added": result.added.target_error,
+        "text_drift": result.merged.drift,
+        "text_drift_added": result.added.drift,
+    }
+    return pipeline, told
+
+
+def _added_weights(folders: Sequence[Path], task: Task, folder: Path) -> tuple[Any, Figures]:
+    """W0 + sum of the changes."""
+    pipeline = load_pipeline()
+    files = [custom_diffusion.read(one) for one in folders]
+    for path in files[0].weights:
+        layer = pipeline.unet.get_submodule(path)
+        base = layer.weight.data.clone()
+        with torch.no_grad():
+            layer.weight += sum(file.weights[path] - base for file in files)
+    for one in folders:
+        svdiff.load_tokens(pipeline, one)
+    return pipeline, {}
+
+
+def _added_shifts(folders: Sequence[Path], task: Task, folder: Path) -> tuple[Any, Figures]:
+    """relu(sigma + d1 + d2)."""
+    pipeline = load_pipeline()
+    names = {subject: str(one) for subject, one in zip(task.subjects, folders, strict=True)}
+    adapter = svdiff.load(pipeline, names)
+    adapter.set_adapters(list(names), [1.0] * len(names))
+    for one in folders:
+        svdiff.load_tokens(pipeline, one)
+    return pipeline, {}
+
+
+WAYS: dict[str, Way] = {
+    "joint": Way(SHIFTS),
+    "cutmix": Way(replace(SHIFTS, settings=CUT_MIX)),
+    "unmix": Way(replace(SHIFTS, settings={**CUT_MIX, "unmix_loss_weight": 1.0})),
+    "lora": Way(LORA_16),
+    "custom": Way(CUSTOM),
+    "custom_apart": Way(CUSTOM, together=False, ends={"merged": _merged, "added": _added_weights}),
+    "shifts_apart": Way(SHIFTS, together=False, ends={"added": _added_shifts}),
+    "kv_apart": Way(SHIFTS_KV, together=False, ends={"merged": _merged, "added": _added_shifts}),
+}
+LABELS = {
+    "joint": "shifts, together",
+    "cutmix": "shifts, together, cut-mix",
+    "unmix": "shifts, together, cut-mix and unmix",
+    "lora": "LoRA r = 16, together",
+    "custom": "Custom Diffusion, together",
+    "custom_apart/merged": "Custom Diffusion, apart, merged",
+    "custom_apart/added": "Custom Diffusion, apart, added up",
+    "shifts_apart/added": "shifts, apart, added up",
+    "kv_apart/merged": "shifts of K and V, apart, merged",
+    "kv_apart/added": "shifts of K and V, apart, added up",
+}

@@ -1,0 +1,118 @@
+"""Runs: each a process of its own, which leaves pictures in a folder, and a line of figures in the results."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True, order=True)
+class Run:
+    """One thing to do.
+
+    Attributes:
+        experiment: which module knows how.
+        contender: of the experiment's.
+        case: what is taught, such as a subject.
+        seed: of pictures, training and noise.
+    """
+
+    experiment: str
+    contender: str
+    case: str
+    seed: int
+
+    def folder(self, work: Path) -> Path:
+        """Where it keeps pictures and facts."""
+        return work / self.experiment / self.contender / f"{self.case}_{self.seed}"
+
+
+class Results:
+    """The figures of an experiment's runs, one JSON line each, in a file that is committed."""
+
+    def __init__(self, folder: Path, experiment: str) -> None:
+        self._file = folder / f"{experiment}.jsonl"
+        lines = self._file.read_text().splitlines() if self._file.exists() else []
+        self._found = {run: figures for run, figures in map(_parsed, lines)}
+
+    def __contains__(self, run: Run) -> bool:
+        return run in self._found
+
+    def add(self, run: Run, figures: Figures) -> None:
+        """Keep a run's figures; the file is whole at any moment."""
+        self._found[run] = figures
+        partial = self._file.with_suffix(".partial")
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps({**asdict(run), **self._found[run]}) for run in sorted(self._found)]
+        partial.write_text("\n".join(lines) + "\n")
+        partial.replace(self._file)
+
+    def of(self, contender: str, case: str | None = None) -> list[Figures]:
+        """What is known of a contender, in all its cases or in one."""
+        return [f for r, f in sorted(self._found.items()) if r.contender == contender and case in (None, r.case)]
+
+
+def make_missing(runs: Sequence[Run], results: Path, work: Path, *, jobs: int) -> None:
+    """Run what has no figures yet, so many at a time, each on its share of the cores.
+
+    Raises:
+        SystemExit: some failed; what the others have found is kept.
+    """
+    known = {experiment: Results(results, experiment) for experiment in {run.experiment for run in runs}}
+    missing = [run for run in runs if run not in known[run.experiment]]
+    failed: list[Run] = []
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with ThreadPoolExecutor(jobs) as pool:
+        running = {pool.submit(_in_a_child, run, work, threads): run for run in missing}
+        for done in tqdm(as_completed(running), desc="runs", total=len(missing)):
+            run = running[done]
+            try:
+                known[run.experiment].add(run, done.result())
+            except subprocess.CalledProcessError:
+                failed.append(run)
+    if failed:
+        raise SystemExit("\n".join(f"failed: {run.folder(work) / 'log.txt'}" for run in failed))
+
+
+def _in_a_child(run: Run, work: Path, threads: int) -> Figures:
+    command = [sys.executable, "-m", "benchmarks.study", "--work", str(work), "--run", *map(str, asdict(run).values())]
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    log = run.folder(work) / "log.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as told:
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=told, text=True, env=environment)
+    figures: Figures = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def _parsed(line: str) -> tuple[Run, Figures]:
+    found = json.loads(line)
+    run = Run(*(found.pop(name) for name in ("experiment", "contender", "case", "seed")))
+    return run, found
+
+
+def commit() -> str:
+    """Of the repository, with a plus if something in it has been changed since."""
+    here = Path(__file__).parent
+    told = subprocess.run(
+        ["git", "describe", "--always", "--abbrev=10", "--exclude=*", "--dirty=+"],
+        cwd=here, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    return told.stdout.strip()
+
+
+def all_of(experiment: str, contenders: Iterable[str], cases: Sequence[str], seeds: int) -> list[Run]:
+    """Every contender in every case, seed by seed, so that a study that is stopped has whole seeds."""
+    contenders = list(contenders)
+    return [Run(experiment, c, case, seed) for seed in range(seeds) for case in cases for c in contenders]
