@@ -96,7 +96,12 @@ def judged(pipeline: Any, task: Task, folder: Path, name: str = "pair") -> Figur
 
 
 def _config(way: Contender, task: Task, folder: Path, steps: int, subjects: Sequence[str]) -> TrainConfig:
-    how = {"max_train_steps": steps, "train_batch_size": BATCH, "checkpointing_steps": 10 * steps, "overwrite": True}
+    how: dict[str, Any] = {
+        "max_train_steps": steps,
+        "train_batch_size": BATCH,
+        "checkpointing_steps": 10 * steps,
+        "overwrite": True,
+    }
     how |= way.settings
     if way.new_words and len(subjects) > 1:
         how |= _WORDS
