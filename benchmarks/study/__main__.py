@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from . import contenders, cost, editing, pairs, styles, subjects, words
+from . import contenders, cost, editing, page, pairs, styles, subjects, words
 from .runs import Figures, Run, all_of, commit, make_missing
 from .teach import prepare
 
@@ -42,6 +42,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description="SVDiff beside its neighbours.")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/study"), help="default %(default)s")
     parser.add_argument("--work", type=Path, default=Path("outputs/study"), help="for pictures; default %(default)s")
+    parser.add_argument("--page", type=Path, default=Path("docs/study.md"), help="default %(default)s")
+    parser.add_argument("--images", type=Path, default=Path("docs/images/study"), help="default %(default)s")
+    parser.add_argument("--page_only", action="store_true", help="of the results there are")
     parser.add_argument("--only", nargs="+", choices=_EXPERIMENTS, default=_EXPERIMENTS, help="of the experiments")
     parser.add_argument("--contenders", nargs="+", help="of these experiments; default: all")
     parser.add_argument("--seeds", type=int, default=_SEEDS, help="default %(default)s")
@@ -53,6 +56,9 @@ def main() -> int:
         figures = _EXPERIMENTS[experiment].run(Run(experiment, contender, case, int(seed)), options.work)
         print(json.dumps({**figures, "commit": commit()}))
         return 0
+    if options.page_only:
+        page.write(options.results, options.page, options.images)
+        return 0
     for several in (False, True):
         prepare(options.work, options.seeds, several=several)
     runs = []
@@ -63,6 +69,7 @@ def main() -> int:
     alone = [run for run in runs if run.experiment == "cost"]
     make_missing([run for run in runs if run not in alone], options.results, options.work, jobs=options.jobs)
     make_missing(alone, options.results, options.work, jobs=1)
+    page.write(options.results, options.page, options.images)
     return 0
 
 

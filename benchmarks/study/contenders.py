@@ -99,11 +99,13 @@ RATES: dict[str, Contender] = {
 
 _STYLE_WORD: dict[str, Any] = {"modifier_token": ["<style>"], "initializer_token": ["style"]}
 _LOOKING: dict[str, Any] = {**_STYLE_WORD, "image_encoder": "miniature", "learning_rate_tokens": 1e-3}
-_STYLE_SHIFTS: dict[str, Any] = {"learning_rate": 5e-3, "learning_rate_1d": 5e-3}
+_STYLE_SHIFTS: dict[str, Any] = {"learning_rate": 8e-3, "learning_rate_1d": 8e-3}
 
 STYLISTS: dict[str, Contender] = {
     "svd_inst": Contender("SVD-InST", {**_LOOKING, **_STYLE_SHIFTS}, new_words=True),
-    "inst": Contender("InST", {**_LOOKING, "method": "textual_inversion"}, new_words=True),
+    "inst": Contender(
+        "InST", {**_LOOKING, "method": "textual_inversion", "learning_rate_tokens": 5e-3}, new_words=True
+    ),
     "inversion": Contender(
         "textual inversion",
         {**_STYLE_WORD, "method": "textual_inversion", "learning_rate": 1e-2},

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from svdiff.evaluation import estimate
 from svdiff.evaluation.metrics import mean
 
-from .runs import Figures
+from . import contenders, pairs, papers, plots
+from .runs import Figures, Results
 
 Cell = Callable[[Sequence[float]], str]
+Columns = Mapping[str, tuple[str, Cell]]
 
 
 def percent(values: Sequence[float]) -> str:
@@ -36,7 +40,7 @@ def count(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):,.0f}"
 
 
-def table(rows: Mapping[str, Sequence[Figures]], columns: Mapping[str, tuple[str, Cell]]) -> str:
+def table(rows: Mapping[str, Sequence[Figures]], columns: Columns) -> str:
     """Markdown: a row for each label, a column for each figure ``name: (title, how to say it)``; a dash for none."""
     lines = [["", *(title for title, _ in columns.values())], ["---"] * (len(columns) + 1)]
     for label, runs in rows.items():
@@ -53,3 +57,259 @@ def _with_interval(values: Sequence[float], said: Callable[[float], str], unit: 
         return f"{said(values[0])}{unit}"
     found = estimate(partial(mean, torch.tensor(list(values), dtype=torch.float64)), len(values))
     return f"{said(found.value)}{unit} ({said(found.low)} to {said(found.high)})"
+
+
+def write(results: Path, page: Path, images: Path) -> None:
+    """Write the page and its plots from the results there are.
+
+    Raises:
+        SystemExit: there are no results of subjects, which every other table leans on.
+    """
+    found = {name: Results(results, name) for name in (*_SECTIONS, "cost")}
+    if not found["subjects"].runs:
+        raise SystemExit(f"no results in {results}: run python -m benchmarks.study first")
+    for name, plot in plots.PLOTS.items():
+        plot(found["subjects"], images / f"{name}.png")
+    parts = [_head(found.values())]
+    for name, section in _SECTIONS.items():
+        if found[name].runs:
+            parts.append(section(found, _relative(images, page.parent)))
+    parts.append(_papers(found))
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text("\n\n".join(parts) + "\n")
+
+
+def _head(found: Iterable[Results]) -> str:
+    known = [one for one in found if one.runs]
+    seeds = sorted({run.seed for one in known for run in one.runs})
+    commits = sorted({figures["commit"] for one in known for figures in one.runs.values()})
+    return f"""# Study
+
+SVDiff beside what it is compared and combined with, on the miniature: {sum(len(one.runs) for one in known)} runs, seeds
+{", ".join(map(str, seeds))}, commits {", ".join(commits)}. The recogniser reads pictures by rule; alignment, KID, FID
+and drift are of the features of the miniature's own encoder, which stands in for CLIP: they can be compared with each
+other, not with figures of CLIP. Figures are means over runs, in brackets where the mean is with 95 % confidence
+(bootstrap over runs, which are subjects and seeds).
+
+    python -m benchmarks.study          # makes what is missing, and this page; it may be stopped and goes on
+
+Every figure here is read from `benchmarks/results/study/`."""
+
+
+def _subjects(found: Mapping[str, Results], images: str) -> str:
+    marks = _rows(found["subjects"], contenders.CONTENDERS)
+    cost = found["cost"]
+    rows = {}
+    for name, contender in contenders.CONTENDERS.items():
+        if runs := found["subjects"].of(name):
+            rows[contender.label] = [*runs, *cost.of(name)]
+    return f"""## One subject
+
+Six pictures, 500 steps (learning rates: see below), {
+        len(found["subjects"].cases())
+    } subjects that the base has never seen, new prompts.
+
+{
+        table(
+            marks,
+            {
+                "recognised": ("subject recognised", percent),
+                "agreeing": ("all as asked", percent),
+                "unchanged": ("other prompts right", percent),
+                "leaked": ("subject in plain toys", percent),
+                "text_alignment": ("text alignment", number),
+                "image_alignment": ("image alignment", number),
+                "drift": ("drift of other prompts", partial(number, digits=3)),
+                "diversity": ("diversity of toys", number),
+            },
+        )
+    }
+
+{
+        table(
+            rows,
+            {
+                "numbers": ("numbers trained", count),
+                "bytes": ("file", size),
+                "seconds_per_step": ("s a step", partial(number, digits=3)),
+                "peak_bytes": ("peak memory", size),
+            },
+        )
+    }
+
+![Text against image alignment, a dot a run, a large one the mean]({images}/alignment.png)
+
+![Over steps]({images}/drift.png)
+
+Where the change sits, and where in the spectrum:
+
+![Relative change of weights by kind of layer]({images}/places.png)
+
+![How far singular values move]({images}/spectrum.png)
+
+![What the weight of the shifts does]({images}/scales.png)"""
+
+
+def _words(found: Mapping[str, Results], images: str) -> str:
+    columns: Columns = {
+        "recognised": ("thing recognised", percent),
+        "agreeing": ("all as asked", percent),
+        "unchanged": ("other prompts right", percent),
+        "bytes": ("file", size),
+    }
+    return f"""## A word for what the base can draw
+
+A plain object (a purple star, a green heart, an orange cross) that captions call by a new word only.
+
+{table(_rows(found["words"], contenders.NAMERS), columns)}"""
+
+
+def _styles(found: Mapping[str, Results], images: str) -> str:
+    columns: Columns = {
+        "shown": ("style shown", percent),
+        "kept": ("shapes kept", percent),
+        "both": ("both", percent),
+        "fid": ("FID to the exact style", partial(number, digits=1)),
+        "content_distance": ("distance to the content", number),
+    }
+    by_way: dict[str, dict[str, list[Figures]]] = {}
+    for name, contender in contenders.STYLISTS.items():
+        for run in found["styles"].of(name):
+            for way, figures in run["ways"].items():
+                by_way.setdefault(way, {}).setdefault(contender.label, []).append(figures)
+    tables = "\n\n".join(f"{way.capitalize()}:\n\n{table(rows, columns)}" for way, rows in by_way.items())
+    return f"""## A style
+
+Two dozen pictures in each of {len(found["styles"].cases())} styles that the base has never seen; other pictures are
+drawn anew at strength 0.8.
+
+{tables}"""
+
+
+def _pairs(found: Mapping[str, Results], images: str) -> str:
+    rows: dict[str, list[Figures]] = {}
+    for name in pairs.WAYS:
+        for run in found["pairs"].of(name):
+            for end, figures in run.get("ends", {"": run}).items():
+                rows.setdefault(pairs.LABELS[f"{name}/{end}" if end else name], []).append(figures)
+    columns: Columns = {
+        "both_in_place": ("both, each in its place", percent),
+        "both_elsewhere": ("on grounds never taught", percent),
+        "agreeing": ("one alone, all as asked", percent),
+        "unchanged": ("other prompts right", percent),
+        "merge_seconds": ("s to merge", number),
+        "target_error": ("words missed", number),
+        "text_drift": ("drift of captions", number),
+        "target_error_added": ("words missed, added up", number),
+        "text_drift_added": ("drift, added up", number),
+    }
+    return f"""## Two subjects
+
+{len(found["pairs"].cases())} pairs, taught together or apart. Words missed and drift are of the answers of keys and
+values, relative.
+
+{table(rows, columns)}"""
+
+
+def _layers(found: Mapping[str, Results], images: str) -> str:
+    columns: Columns = {
+        "recognised": ("subject recognised", percent),
+        "agreeing": ("all as asked", percent),
+        "unchanged": ("other prompts right", percent),
+        "numbers": ("numbers trained", count),
+    }
+    return f"""## Some layers only
+
+{table(_rows(found["layers"], contenders.LAYERS), columns)}"""
+
+
+def _rates(found: Mapping[str, Results], images: str) -> str:
+    columns: Columns = {
+        "recognised": ("subject recognised", percent),
+        "agreeing": ("all as asked", percent),
+        "unchanged": ("other prompts right", percent),
+    }
+    return f"""## Learning rates
+
+{table(_rows(found["rates"], contenders.RATES), columns)}"""
+
+
+def _editing(found: Mapping[str, Results], images: str) -> str:
+    rows: dict[str, list[Figures]] = {}
+    for name, contender in contenders.EDITORS.items():
+        label = contender.label if contender else "not learnt"
+        for run in found["editing"].of(name):
+            for start, figures in run["starts"].items():
+                rows.setdefault(f"{label}, from {start}", []).append(figures)
+    columns: Columns = {
+        "changed": ("changed as asked", percent),
+        "place and ground": ("place and ground kept", percent),
+        "both": ("both", percent),
+        "rest": ("the rest kept", percent),
+    }
+    return f"""## One picture, changed by words
+
+{table(dict(sorted(rows.items())), columns)}"""
+
+
+def _papers(found: Mapping[str, Results]) -> str:
+    """Their tables, in their rows and columns, ours beside."""
+
+    def of_subjects(name: str, *marks: str) -> list[float | None]:
+        return [_mean(found["subjects"].of(name), mark) for mark in marks]
+
+    def of_styles(name: str) -> list[float | None]:
+        plain = [run["ways"]["plain"] for run in found["styles"].of(name)]
+        return [_mean(plain, mark) for mark in ("fid", "content_distance")]
+
+    parts = [
+        _beside(papers.CUSTOM_DIFFUSION, lambda name: of_subjects(name, "text_alignment", "image_alignment", "kid")),
+        _beside(papers.SVD_INST, of_styles),
+        _beside(papers.SVDIFF, lambda name: of_subjects(name, "bytes")),
+    ]
+    return "\n\n".join(
+        [
+            "## The papers' tables",
+            "Theirs are of Stable Diffusion and photos, ours of the miniature, by stand-ins: order can be compared,\n"
+            "size cannot. Ours for LPIPS is 1 - cosine of the encoder's features; our KID is of features that are larger,\n"
+            "and not times 1000.",
+            *parts,
+        ]
+    )
+
+
+def _beside(reported: papers.Reported, ours_of: Callable[[str], Sequence[float | None]]) -> str:
+    columns = [f"{column}, {whose}" for column in reported.columns for whose in ("theirs", "ours")]
+    lines = [["", *columns], ["---"] * (len(columns) + 1)]
+    for name, (label, *theirs) in reported.rows.items():
+        pairs_of = zip(theirs, ours_of(name), strict=True)
+        lines.append([label, *(_or_dash(value) for pair in pairs_of for value in pair)])
+    return f"{reported.source}:\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _mean(runs: Sequence[Figures], mark: str) -> float | None:
+    values = [run[mark] for run in runs if run.get(mark) is not None]
+    return statistics.fmean(values) if values else None
+
+
+def _or_dash(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _rows(found: Results, known: Mapping[str, Any]) -> dict[str, list[Figures]]:
+    return {contender.label: runs for name, contender in known.items() if (runs := found.of(name))}
+
+
+def _relative(path: Path, start: Path) -> str:
+    return path.resolve().relative_to(start.resolve()).as_posix()
+
+
+_SECTIONS: dict[str, Callable[[Mapping[str, Results], str], str]] = {
+    "subjects": _subjects,
+    "words": _words,
+    "styles": _styles,
+    "pairs": _pairs,
+    "layers": _layers,
+    "rates": _rates,
+    "editing": _editing,
+}

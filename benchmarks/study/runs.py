@@ -44,23 +44,24 @@ class Results:
     def __init__(self, folder: Path, experiment: str) -> None:
         self._file = folder / f"{experiment}.jsonl"
         lines = self._file.read_text().splitlines() if self._file.exists() else []
-        self._found = {run: figures for run, figures in map(_parsed, lines)}
+        self.runs: dict[Run, Figures] = dict(map(_parsed, lines))
 
-    def __contains__(self, run: Run) -> bool:
-        return run in self._found
+    def cases(self) -> set[str]:
+        """All that there are."""
+        return {run.case for run in self.runs}
 
     def add(self, run: Run, figures: Figures) -> None:
         """Keep a run's figures; the file is whole at any moment."""
-        self._found[run] = figures
+        self.runs[run] = figures
         partial = self._file.with_suffix(".partial")
         partial.parent.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps({**asdict(run), **self._found[run]}) for run in sorted(self._found)]
+        lines = [json.dumps({**asdict(run), **self.runs[run]}) for run in sorted(self.runs)]
         partial.write_text("\n".join(lines) + "\n")
         partial.replace(self._file)
 
     def of(self, contender: str, case: str | None = None) -> list[Figures]:
         """What is known of a contender, in all its cases or in one."""
-        return [f for r, f in sorted(self._found.items()) if r.contender == contender and case in (None, r.case)]
+        return [f for r, f in sorted(self.runs.items()) if r.contender == contender and case in (None, r.case)]
 
 
 def make_missing(runs: Sequence[Run], results: Path, work: Path, *, jobs: int) -> None:
@@ -70,7 +71,7 @@ def make_missing(runs: Sequence[Run], results: Path, work: Path, *, jobs: int) -
         SystemExit: some failed; what the others have found is kept.
     """
     known = {experiment: Results(results, experiment) for experiment in {run.experiment for run in runs}}
-    missing = [run for run in runs if run not in known[run.experiment]]
+    missing = [run for run in runs if run not in known[run.experiment].runs]
     failed: list[Run] = []
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with ThreadPoolExecutor(jobs) as pool:
