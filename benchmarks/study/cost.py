@@ -10,6 +10,7 @@ from svdiff.miniature.task import Task
 from .. import resident
 from .contenders import CONTENDERS
 from .runs import Figures, Run
+from .subjects import BATCH
 from .teach import PICTURES, config_of, link_class_images
 
 _STEPS = 60
@@ -20,8 +21,13 @@ def run(one: Run, work: Path) -> Figures:
     contender, folder = CONTENDERS[one.contender], one.folder(work)
     task = Task((one.case,), 0, PICTURES, contender.new_words)
     link_class_images(folder, work, task)
-    settings = {**contender.settings, "max_train_steps": _STEPS, "checkpointing_steps": 10 * _STEPS, "overwrite": True}
-    config = config_of(task, folder, **settings)
+    shared = {
+        "max_train_steps": _STEPS,
+        "train_batch_size": BATCH,
+        "checkpointing_steps": 10 * _STEPS,
+        "overwrite": True,
+    }
+    config = config_of(task, folder, **{**shared, **contender.settings})
     resident.forget_peak()
     result = svdiff.train(config)
     return {

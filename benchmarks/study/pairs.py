@@ -20,10 +20,10 @@ from svdiff.sampling import grid, save_picture
 
 from .contenders import CUSTOM, LORA_16, SHIFTS, SHIFTS_KV, Contender
 from .runs import Figures, Run
+from .subjects import BATCH
 from .teach import PICTURES, config_of, link_class_images, trained
 
-TOGETHER = 600
-APART = 400
+TOGETHER, APART = 800, 500
 _PROMPTS = 64
 PAIRS = {
     "mushroom+robot": ("mushroom", "robot"),
@@ -96,7 +96,13 @@ def judged(pipeline: Any, task: Task, folder: Path, name: str = "pair") -> Figur
 
 
 def _config(way: Contender, task: Task, folder: Path, steps: int, subjects: Sequence[str]) -> TrainConfig:
-    how = {"max_train_steps": steps, "checkpointing_steps": 10 * steps, "overwrite": True, **way.settings}
+    how: dict[str, Any] = {
+        "max_train_steps": steps,
+        "train_batch_size": BATCH,
+        "checkpointing_steps": 10 * steps,
+        "overwrite": True,
+    }
+    how |= way.settings
     if way.new_words and len(subjects) > 1:
         how |= _WORDS
     return config_of(task, folder, subjects, **how)

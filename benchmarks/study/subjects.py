@@ -27,7 +27,7 @@ from .marks import class_marks, subject_marks, toy_marks
 from .runs import Figures, Run
 from .teach import PICTURES, config_of, layer_changes, link_class_images, trained
 
-STEPS = 400
+STEPS, BATCH = 500, 4
 _PROMPTS = 64
 _TOYS = 24
 _FEWER_PROMPTS = 16  # where there are many models to be judged
@@ -151,7 +151,12 @@ def _of_the_base(work: Path, task: Task) -> list[Image]:
 
 def _config(contender: Contender, task: Task, folder: Path, work: Path, *, curve: bool) -> TrainConfig:
     link_class_images(folder, work, task)
-    settings: dict[str, Any] = {"max_train_steps": STEPS, "overwrite": True, **contender.settings}
+    settings: dict[str, Any] = {
+        "max_train_steps": STEPS,
+        "train_batch_size": BATCH,
+        "overwrite": True,
+        **contender.settings,
+    }
     steps = settings["max_train_steps"]
     settings["checkpointing_steps"] = steps // _CURVE_POINTS if curve else 10 * steps
     return config_of(task, folder, **settings)
