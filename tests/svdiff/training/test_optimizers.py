@@ -98,7 +98,7 @@ def test_each_optimizer_trains_and_goes_on(config: TrainConfig, tmp_path: Path, 
 def test_moments_in_8_bits(config: TrainConfig) -> None:
     parameter = nn.Parameter(torch.zeros(5000))
     parameter.grad = torch.linspace(-1, 1, 5000)
-    method: Any = SimpleNamespace(param_groups=lambda lr, lr_1d, lr_encoders: [{"params": [parameter], "lr": lr}])
+    method: Any = SimpleNamespace(param_groups=lambda lr, *_: [{"params": [parameter], "lr": lr}])
     eight = make_optimizer(replace(config, use_8bit_adam=True), method, samples_per_step=1, fused=False)
     eight.step()
     state = eight.state[parameter]
