@@ -271,8 +271,8 @@ def _papers(found: Mapping[str, Results]) -> str:
         [
             "## The papers' tables",
             "Theirs are of Stable Diffusion and photos, ours of the miniature, by stand-ins: order can be compared,\n"
-            "size cannot. Ours for LPIPS is 1 - cosine of the encoder's features; our KID is of features that are larger,\n"
-            "and not times 1000.",
+            "size cannot. Ours for LPIPS is 1 - cosine of the encoder's features; our KID is of larger features, and\n"
+            "not times 1000.",
             *parts,
         ]
     )

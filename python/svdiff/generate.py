@@ -12,7 +12,7 @@ from torch import Tensor
 from svdiff_kernels import FactorCache, SVDiffError
 from svdiff_kernels.backends import outruns_plain_layers
 
-from . import checkpoint
+from . import checkpoint, custom_diffusion
 from .attach import Form, load
 from .mixtures import named_paths, parse_mix
 from .outputs import run_directory, write_run_file
@@ -48,9 +48,13 @@ class GenerateConfig:
         metadata={"help": "folders or files with trained shifts, also as name=path; without any the base model draws"},
     )
     spectral_shifts_scale: float = field(default=1.0, metadata={"help": "weight of the shifts, if no mix is given"})
+    custom_diffusion_ckpt: str | None = field(
+        default=None,
+        metadata={"help": "instead of shifts: a folder or file with Custom Diffusion's weights, of one run or merged"},
+    )
     learned_embeds: list[str] | None = field(
         default=None,
-        metadata={"help": "folders or files with learned tokens; those beside the shifts need not be named"},
+        metadata={"help": "folders or files with learned tokens; those beside shifts or weights need not be named"},
     )
     mix: list[str] | None = field(
         default=None,
@@ -125,6 +129,8 @@ def generate(config: GenerateConfig) -> GenerateResult:
             set_scheduler(pipeline, config.scheduler_type)
         for token, vectors in _learned(config).items():
             add_token(pipeline, token, vectors)
+        if config.custom_diffusion_ckpt is not None:
+            custom_diffusion.load(pipeline, config.custom_diffusion_ckpt)
         adapter = None
         if mixes:
             paths = named_paths(config.spectral_shifts_ckpt or [])
@@ -176,6 +182,10 @@ def check(config: GenerateConfig) -> list[dict[str, float]]:
     paths = named_paths(config.spectral_shifts_ckpt or [])
     for path in paths.values():
         checkpoint.read_all(path)  # a bad file need not wait for the model to load
+    if config.custom_diffusion_ckpt is not None:
+        custom_diffusion.read(config.custom_diffusion_ckpt)
+        if paths:
+            raise SVDiffError("custom_diffusion_ckpt and spectral_shifts_ckpt exclude each other: choose one")
     _learned(config)
     if config.mix is None:
         if len(paths) > 1:
@@ -199,7 +209,8 @@ def _learned(config: GenerateConfig) -> dict[str, dict[str, Tensor]]:
         if not own:
             raise SVDiffError(f"learned_embeds: there is no learned_embeds.safetensors in {path}")
         found |= own
-    for shifts in named_paths(config.spectral_shifts_ckpt or []).values():
-        folder = Path(shifts).expanduser()
+    beside = [*named_paths(config.spectral_shifts_ckpt or []).values(), config.custom_diffusion_ckpt]
+    for path in filter(None, beside):
+        folder = Path(path).expanduser()
         found = read_tokens(folder if folder.is_dir() else folder.parent) | found
     return found

@@ -13,7 +13,7 @@ import pytest
 import svdiff
 import torch
 from safetensors.torch import load_file, save_file
-from svdiff import GenerateConfig, TrainConfig, generate, train
+from svdiff import GenerateConfig, TrainConfig, custom_diffusion, generate, train
 from svdiff.pipelines import load_pipeline
 from svdiff.tokens import add_token, initial_vectors, learned_tokens, read_tokens, save_tokens, vectors_of
 from tiny import RESOLUTION, assert_unchanged, snapshot
@@ -190,6 +190,58 @@ def test_a_run_goes_on_to_the_bit(config: TrainConfig) -> None:
     assert again.losses == whole.losses
     one, two = (read_tokens(result.output_dir)["<new>"]["text_encoder"] for result in (whole, again))
     assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("method", ["svdiff", "custom_diffusion", "textual_inversion"])
+def test_one_concept_after_the_other(config: TrainConfig, method: Any, base: Path, loaded: list[Any]) -> None:
+    """The first's word stays as it is, to the bit, and is saved with the second's; what both train goes on."""
+    config = replace(config, method=method)
+    one = train(config)
+    folder = Path(f"{config.output_dir}-two")
+    (folder / "pictures").mkdir(parents=True)
+    second = replace(
+        config, instance_prompt="a <two> cat", modifier_token=["<two>"], initializer_token=["c"],
+        output_dir=str(folder / "run"), init_from=str(one.output_dir), max_train_steps=1, learning_rate=1e-9,
+    )  # fmt: skip
+    two = train(second)
+    names = {"learned_embeds_new.safetensors", "learned_embeds_two.safetensors"}
+    assert {file.name for file in two.files[-2:]} == names
+    before, after = (read_tokens(run.output_dir) for run in (one, two))
+    assert torch.equal(after["<new>"]["text_encoder"], before["<new>"]["text_encoder"])
+    assert np.abs(draw_new(loaded[1]) - draw_new(loaded[0])).max() < 1e-4  # a tiny step: the first concept is all there
+    again = train(replace(config, output_dir=str(folder / "again"), init_from=str(one.output_dir), learning_rate=1e-9))
+    token = read_tokens(again.output_dir)["<new>"]["text_encoder"]
+    assert torch.allclose(token, before["<new>"]["text_encoder"], atol=1e-6)  # gone on with, not begun anew
+    with pytest.raises(SVDiffError, match="init_from"):
+        train(replace(second, init_from=str(folder / "pictures"), output_dir=str(folder / "none")))
+
+
+def test_custom_diffusion_trains_keys_and_values_and_generate_takes_them(
+    config: TrainConfig, base: Path, tmp_path: Path, loaded: list[Any]
+) -> None:
+    result = train(replace(config, method="custom_diffusion", learning_rate=1e-2))
+    fresh = load_pipeline(str(base))
+    trained = dict(loaded[0].unet.named_parameters())
+    moved = {name for name, p in fresh.unet.named_parameters() if not torch.equal(p, trained[name])}
+    assert moved and all(".attn2.to_k." in name or ".attn2.to_v." in name for name in moved)
+    assert moved == {name for name in trained if ".attn2.to_k.weight" in name or ".attn2.to_v.weight" in name}
+    how: dict[str, Any] = {"prompt": [PROMPT], "num_inference_steps": 2, "height": RESOLUTION, "width": RESOLUTION}
+    ours = generate(
+        GenerateConfig(str(base), custom_diffusion_ckpt=str(result.output_dir), output_dir=str(tmp_path / "a"), **how)
+    )
+    word = generate(
+        GenerateConfig(str(base), learned_embeds=[str(result.output_dir)], output_dir=str(tmp_path / "b"), **how)
+    )
+    assert ours.pictures[0].read_bytes() != word.pictures[0].read_bytes()
+    custom_diffusion.load(fresh, result.output_dir)
+    svdiff.load_tokens(fresh, result.output_dir)
+    assert np.abs(draw_new(fresh) - draw_new(loaded[0])).max() < 1e-6
+    both = GenerateConfig(
+        str(base), custom_diffusion_ckpt=str(result.output_dir), spectral_shifts_ckpt=[str(result.output_dir)],
+        output_dir=str(tmp_path / "c"), **how,
+    )  # fmt: skip
+    with pytest.raises(SVDiffError):
+        generate(both)
 
 
 def test_generate_takes_those_beside_the_shifts(config: TrainConfig, base: Path, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from svdiff_kernels import SVDiffError
 
-from .. import custom_diffusion
 from .config import TrainConfig, default_hub_id
 
 
@@ -40,8 +39,8 @@ _KINDS: dict[str, _Kind] = {
     "custom_diffusion": _Kind(
         "Keys and values of cross-attention (Custom Diffusion)",
         "custom-diffusion",
-        _DIFFUSERS,
-        f'{_PRETRAINED}\npipeline.unet.load_attn_procs("{{repository}}", weight_name="{{weights}}")',
+        f"{_DIFFUSERS}\n{_DOWNLOADED}\nfrom svdiff import custom_diffusion",
+        f'{_PRETRAINED}\ncustom_diffusion.load(pipeline, snapshot_download("{{repository}}"))',
     ),
     "textual_inversion": _Kind("New words", "textual_inversion", _DIFFUSERS, _PRETRAINED),
 }
@@ -63,9 +62,7 @@ def write_model_card(
         tags=["text-to-image", "diffusers", kind.tag],
         instance_prompt=prompts[0],
     )
-    use = _use(config, kind).format(
-        base=base, repository=repository, prompt=prompts[0], weights=custom_diffusion.FILE_NAME
-    )
+    use = _use(config, kind).format(base=base, repository=repository, prompt=prompts[0])
     grids = sorted(directory.glob("validation/*.png"))
     pictures = (
         f"\n![{', '.join(config.validation_prompt or [])}]({grids[-1].relative_to(directory)})\n" if grids else ""

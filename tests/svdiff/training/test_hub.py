@@ -112,19 +112,29 @@ def test_the_base_on_a_card(config: TrainConfig, tmp_path: Path) -> None:
         assert 'a "sks" dog: asleep' in card.text
 
 
+def test_new_words_are_loaded_too(config: TrainConfig, tmp_path: Path) -> None:
+    config = replace(config, method="lora", modifier_token=["<new>"])
+    write_model_card(tmp_path, config, prompts=["a <new> dog"], steps=1, num_parameters=1)
+    text = ModelCard.load(tmp_path / "README.md").text
+    assert text.index("import svdiff") < text.index("load_lora_weights") < text.index("svdiff.load_tokens(pipeline")
+    assert "A LoRA and new words of" in text
+
+
 @pytest.mark.parametrize(
     ("method", "tag", "use"),
     [
         ("svdiff", "svdiff", "svdiff.load(pipeline, snapshot_download("),
         ("lora", "lora", 'pipeline.load_lora_weights("my-dog")'),
         ("full", "dreambooth", 'from_pretrained("my-dog", subfolder="pipeline")'),
+        ("custom_diffusion", "custom-diffusion", "custom_diffusion.load(pipeline, snapshot_download("),
+        ("textual_inversion", "textual_inversion", 'from_pretrained("BASE")\npipeline("a sks dog")'),
     ],
 )
 def test_each_method_says_how_it_is_used(config: TrainConfig, tmp_path: Path, method: Any, tag: str, use: str) -> None:
     write_model_card(tmp_path, replace(config, method=method), prompts=["a sks dog"], steps=1, num_parameters=1)
     card = ModelCard.load(tmp_path / "README.md")
     assert tag in card.data.tags
-    assert use in card.text
+    assert use.replace("BASE", Path(config.pretrained_model_name_or_path).name) in card.text
 
 
 def test_a_hub_that_refuses_leaves_the_run(config: TrainConfig, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
