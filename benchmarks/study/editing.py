@@ -29,6 +29,7 @@ STARTS: dict[str, dict[str, Any]] = {
 def run(one: Run, work: Path) -> Figures:
     """Teach each picture by itself, and change it from every start; the case is what is changed."""
     contender, folder = EDITORS[one.contender], one.folder(work)
+    folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(f"editing/{one.case}/{one.seed}")
     scenes = [world.sample_scene(rng, 1) for _ in range(_PICTURES)]
     targets = [changed(scene, one.case, rng) for scene in scenes]

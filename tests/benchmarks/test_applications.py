@@ -17,7 +17,7 @@ from benchmarks import applications
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of training, few prompts and pictures."""
-    for name in ("config_of", "_style_config", "_picture_config"):
+    for name in ("config_of", "_style_config", "picture_config"):
         whole = getattr(applications, name)
         monkeypatch.setattr(
             applications,
