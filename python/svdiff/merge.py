@@ -171,7 +171,6 @@ def text_features(family: Family, prompts: Sequence[str]) -> list[Tensor]:
     """
     pipeline, found = family.pipeline, []
     tokenizer = pipeline.tokenizer
-    prompts = pipeline.maybe_convert_prompt(list(prompts), tokenizer)  # a learned token may be several
     with torch.no_grad():
         for start in range(0, len(prompts), _BATCH):
             batch = prompts[start : start + _BATCH]
