@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from svdiff import GenerateConfig, TrainConfig, custom_diffusion, generate, train
 from svdiff.pipelines import load_pipeline
 from svdiff.tokens import add_token, initial_vectors, learned_tokens, read_tokens, save_tokens, vectors_of
+from svdiff.training.families import family_of
 from tiny import RESOLUTION, assert_unchanged, snapshot
 from tiny_pipelines import draw
 
@@ -244,6 +245,29 @@ def test_custom_diffusion_trains_keys_and_values_and_generate_takes_them(
         generate(both)
 
 
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_the_words_before_a_new_one_are_answered_as_before(
+    config: TrainConfig, base_of: Callable[[str], Path], loaded: list[Any], name: str
+) -> None:
+    """They are the same in prompts without it; all others are answered differently. Without the flag, these too."""
+    config = replace(
+        config, pretrained_model_name_or_path=str(base_of(name)), method="custom_diffusion", learning_rate=1e-2,
+        noaug=True,
+    )  # fmt: skip
+    for keep in (True, False):
+        train(replace(config, keep_prefix=keep, output_dir=f"{config.output_dir}-{keep}"))
+        pipeline, fresh = loaded[-1], load_pipeline(str(base_of(name)))
+        family = family_of(pipeline)
+        with torch.no_grad():
+            encoded = {key: family.encode(key, family.tokens(key, [PROMPT])) for key in family.text_encoders}
+            words = family.conditions(encoded)[0][0]  # start, "a", the new word, "d", ...
+            for path in custom_diffusion.read(f"{config.output_dir}-{keep}").weights:
+                moved = pipeline.unet.get_submodule(path)(words) - fresh.unet.get_submodule(path)(words)
+                sizes = moved.norm(dim=1)
+                assert (sizes[:2] < 1e-5).all() == keep
+                assert (sizes[2:6] > 1e-3).all()
+
+
 def test_generate_takes_those_beside_the_shifts(config: TrainConfig, base: Path, tmp_path: Path) -> None:
     result = train(replace(config, method="svdiff"))
     how: dict[str, Any] = {"prompt": [PROMPT], "num_inference_steps": 2, "height": RESOLUTION, "width": RESOLUTION}
@@ -273,6 +297,7 @@ def test_generate_takes_those_beside_the_shifts(config: TrainConfig, base: Path,
         ({"train_text_encoder": True}, "nothing but its tokens"),
         ({"method": "custom_diffusion", "targets": "up"}, "trains cross_attn_kv"),
         ({"num_vectors": 0}, "at least 1"),
+        ({"keep_prefix": True}, "keep_prefix is of method custom_diffusion"),
     ],
 )
 def test_settings_that_make_no_sense(config: TrainConfig, changes: dict[str, Any], complaint: str) -> None:

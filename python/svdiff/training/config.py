@@ -91,6 +91,11 @@ class TrainConfig:
         None, "new words in the captions, such as <new1>, whose embeddings train beside whatever else does"
     )
     initializer_token: list[str] | None = _flag(None, "a known word for each of them to begin with, such as dog")
+    keep_prefix: bool = _flag(
+        False,
+        "of method custom_diffusion: leave what is said to the words before a new one, with which other prompts begin "
+        "too, so that concepts can be merged",
+    )
     num_vectors: int = _flag(1, "embeddings that a new word stands for")
     learning_rate_tokens: float | None = _flag(None, "of new words' embeddings; default: learning_rate")
     image_encoder: str | None = _flag(
@@ -343,6 +348,8 @@ def _check_tokens(config: TrainConfig) -> None:
             raise SVDiffError(
                 "train_text_encoder: method custom_diffusion leaves it as it is, but for a modifier_token"
             )
+    if config.keep_prefix and not (config.method == "custom_diffusion" and tokens):
+        raise SVDiffError("keep_prefix is of method custom_diffusion with a modifier_token")
     if config.method == "full" and tokens:
         raise SVDiffError("modifier_token and method full exclude each other: of all weights, a rare word will do")
     if len(words) != len(tokens):

@@ -175,6 +175,7 @@ class Loop:
             torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._config.max_grad_norm)
         self._scaler.step(self._optimizer)
         self._scaler.update()
+        self._method.after_step()
         self._optimizer.zero_grad(set_to_none=not self._config.cuda_graphs)
         if self._ema is not None:
             self._ema.step(self._parameters.values())

@@ -34,11 +34,13 @@ from ..tokens import (
     vectors_of,
 )
 from .chance import seed_of
-from .config import TrainConfig
+from .config import TrainConfig, resizes
 from .data import Picture
 from .families import Family, family_of
 from .inversion_network import InversionNetwork, image_states, save_network
+from .resizing import resized_captions
 
+_SAME = 1e-6  # of the largest singular value, below which a direction of features is but rounding
 _LORA_FILE = "pytorch_lora_weights.safetensors"
 _ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]  # of a LoRA, as in diffusers' scripts
 
@@ -49,11 +51,12 @@ class Method:
     Args:
         config: settings of the run.
         family: of the pipeline, on its device, in fp32.
-        pictures: of the subjects, for an image encoder to look at.
+        pictures: of the subjects.
     """
 
     def __init__(self, config: TrainConfig, family: Family, pictures: Sequence[Picture] = ()) -> None:
         self._config, self._family = config, family
+        self._captions = sorted({picture.caption for picture in pictures})
         self.encoders = family.trainable_encoders() if config.train_text_encoder else {}
         self._prepare()
         self._tokens = self._add_tokens() if config.modifier_token else {}
@@ -115,6 +118,9 @@ class Method:
     def penalty(self) -> Tensor | float:
         """To be added to the loss."""
         return 0.0
+
+    def after_step(self) -> None:
+        """Put what trains back to where it may be."""
 
     def cast(self, dtype: torch.dtype) -> None:
         """Have what is frozen in a narrower type."""
@@ -343,7 +349,12 @@ class AllWeights(Method):
 
 
 class CustomDiffusion(Method):
-    """Custom Diffusion (arXiv 2212.04488): keys and values of cross-attention, as weights of their own."""
+    """Custom Diffusion (arXiv 2212.04488): keys and values of cross-attention, as weights of their own.
+
+    With ``keep_prefix`` their change is kept orthogonal to the features of the words that stand before a new one, the
+    start of text first of all. The encoder does not look ahead, so that these are the same in prompts without the new
+    word: a change there is one of all prompts, on which training leans, and of which two concepts have two.
+    """
 
     @override
     def _prepare(self) -> None:
@@ -353,8 +364,42 @@ class CustomDiffusion(Method):
         self._layers = select(family.denoiser, "cross_attn_kv", one_dim=False)
         weights = {path: weight_of(layer) for path, layer in self._layers.items()}
         self._hashes = custom_diffusion.hashes_of(weights)
+        self._kept = self._prefix_directions() if self._config.keep_prefix else None
+        self._start: dict[str, Tensor] = {}
+        self._note_start()
         for layer in self._layers.values():
             weight_of(layer).requires_grad_(True)
+
+    def _note_start(self) -> None:
+        if self._kept is not None:
+            self._start = {path: weight_of(layer).detach().clone() for path, layer in self._layers.items()}
+
+    @torch.no_grad()
+    def _prefix_directions(self) -> Tensor:
+        """``[k, d]``, orthonormal: what the features of words before a new one span."""
+        family, found = self._family, []
+        captions = self._captions
+        if resizes(self._config):
+            captions = [one for caption in captions for one in (caption, *resized_captions(caption))]
+        tokens = self._config.modifier_token or []
+        prefixes = {
+            min((c.partition(token)[0] for token in tokens if token in c), key=len, default="") for c in captions
+        }
+        for prefix in sorted(prefixes):
+            ids = {name: family.tokens(name, [prefix]) for name in family.text_encoders}
+            encoded = {name: family.encode(name, own.to(family.pipeline.device)) for name, own in ids.items()}
+            ends = ids["text_encoder"][0] == family.pipeline.tokenizer.eos_token_id
+            found.append(family.conditions(encoded)[0][0, : int(ends.int().argmax())])
+        _, sizes, directions = torch.linalg.svd(torch.cat(found).double(), full_matrices=False)
+        return directions[sizes > _SAME * sizes[0]].float()
+
+    @override
+    @torch.no_grad()
+    def after_step(self) -> None:
+        if self._kept is not None:
+            for path, layer in self._layers.items():
+                weight = weight_of(layer)
+                weight.sub_(((weight - self._start[path]) @ self._kept.T) @ self._kept)
 
     @override
     def _save_weights(self, directory: Path, **told: Any) -> list[Path]:
@@ -370,6 +415,7 @@ class CustomDiffusion(Method):
             custom_diffusion.load(self._family.pipeline, directory)
         except SVDiffError as error:
             raise SVDiffError(f"init_from {directory}: {error}") from error
+        self._note_start()
 
 
 class TextualInversion(Method):
