@@ -150,9 +150,11 @@ def merge(config: MergeConfig) -> MergeResult:
         learn_tokens(pipeline, token_files(config.ckpt))
         for encoder in family.text_encoders.values():
             encoder.to(device_of_choice())
-        encoded = iter(text_features(family, [prompt for own in prompts for prompt in own]))
+        # Exactly answered can be few words, and the paper's are those of the prompt; of least squares there may be any.
+        padding = config.caption_weight is not None or isinstance(concepts[0], DeltaFile)
+        encoded = iter(text_features(family, [prompt for own in prompts for prompt in own], padding=padding))
         targets = target_words([[next(encoded) for _ in own] for own in prompts], prompts)
-        captions = summary(torch.cat(text_features(family, _captions(config))))
+        captions = summary(torch.cat(text_features(family, _captions(config), padding=padding)))
         if isinstance(concepts[0], WeightFile):
             merged = _merge_weights(config, pipeline, concepts, targets, captions, staging, _said(config, prompts))
         else:
@@ -164,24 +166,21 @@ def merge(config: MergeConfig) -> MergeResult:
     return MergeResult(**{**merged.__dict__, "path": Path(config.output_dir) / merged.path.name})
 
 
-def text_features(family: Family, prompts: Sequence[str]) -> list[Tensor]:
-    """What keys and values see of each prompt: ``[L, d]`` in fp32, from its first token to the one that ends it.
+def text_features(family: Family, prompts: Sequence[str], *, padding: bool) -> list[Tensor]:
+    """What keys and values see of each prompt: ``[L, d]`` in fp32, from its first token on.
 
-    Padding is left out, as CLIP's encoders do not look ahead.
+    With `padding` that is all: cross-attention looks at padding as at words, and what an encoder makes of it sums up
+    what stands before. Without, up to the token that ends the prompt.
     """
-    pipeline, found = family.pipeline, []
-    tokenizer = pipeline.tokenizer
+    device, found = family.pipeline.device, []
+    end = family.pipeline.tokenizer.eos_token_id
     with torch.no_grad():
         for start in range(0, len(prompts), _BATCH):
-            batch = prompts[start : start + _BATCH]
-            ids = {encoder: family.tokens(encoder, batch) for encoder in family.text_encoders}
-            ends = (ids["text_encoder"][:, 1:] == tokenizer.eos_token_id).int().argmax(1) + 2
-            encoded = {
-                encoder: family.encode(encoder, own[:, : ends.max()].to(pipeline.device))
-                for encoder, own in ids.items()
-            }
+            ids = {name: family.tokens(name, prompts[start : start + _BATCH]) for name in family.text_encoders}
+            encoded = {name: family.encode(name, own.to(device)) for name, own in ids.items()}
             context = family.conditions(encoded)[0].float().cpu()
-            found += [one[:end] for one, end in zip(context, ends.tolist(), strict=True)]
+            lengths = (ids["text_encoder"][:, 1:] == end).int().argmax(1) + 2
+            found += [one if padding else one[:length] for one, length in zip(context, lengths.tolist(), strict=True)]
     return found
 
 

@@ -63,10 +63,10 @@ def run(folders: list[str], base: Path, output: Path, captions: str, **settings:
     )
 
 
-def seen(pipeline: Any, prompt: str) -> Tensor:
-    """All that keys and values see of a prompt, by diffusers' own way; without padding."""
+def seen(pipeline: Any, prompt: str, *, padding: bool = False) -> Tensor:
+    """All that keys and values see of a prompt, by diffusers' own way."""
     context, _ = pipeline.encode_prompt(prompt, "cpu", 1, False)
-    return context[0, : len(pipeline.tokenizer(prompt).input_ids)]
+    return context[0] if padding else context[0, : len(pipeline.tokenizer(prompt).input_ids)]
 
 
 def assert_met(words: Tensor, W: Tensor, own: Tensor) -> None:
@@ -77,20 +77,21 @@ def assert_met(words: Tensor, W: Tensor, own: Tensor) -> None:
 
 def test_text_features_are_what_diffusers_encodes(pipeline: Any) -> None:
     prompts = [*PROMPTS, *CAPTIONS] * 6  # several batches, of prompts of several lengths
-    for prompt, own in zip(prompts, text_features(family_of(pipeline), prompts), strict=True):
-        torch.testing.assert_close(own, seen(pipeline, prompt), atol=1e-5, rtol=1e-5)
+    for padding in (False, True):
+        for prompt, own in zip(prompts, text_features(family_of(pipeline), prompts, padding=padding), strict=True):
+            torch.testing.assert_close(own, seen(pipeline, prompt, padding=padding), atol=1e-5, rtol=1e-5)
 
 
 def test_text_features_of_two_encoders(base_of: Any) -> None:
     pipeline = load_pipeline(str(base_of("sdxl")))
-    (own,) = text_features(family_of(pipeline), ["a dog"])
+    (own,) = text_features(family_of(pipeline), ["a dog"], padding=False)
     context = pipeline.encode_prompt("a dog", "a dog", "cpu", 1, False)[0]
     torch.testing.assert_close(own, context[0, : len(own)], atol=1e-5, rtol=1e-5)
     assert len(own) == 6  # start, a, d, o, g, end
 
 
 def test_words_of_a_concept_are_those_after_what_all_share(pipeline: Any) -> None:
-    features = text_features(family_of(pipeline), PROMPTS)
+    features = text_features(family_of(pipeline), PROMPTS, padding=False)
     own = target_words([[one] for one in features], [[prompt] for prompt in PROMPTS])
     for found, whole in zip(own, features, strict=True):
         assert len(whole) == 5 and torch.equal(found, whole[2:])  # start, a | s, t, end
@@ -152,9 +153,9 @@ def test_weights_by_least_squares(base: Path, pipeline: Any, tmp_path: Path, cap
     result = run(folders, base, tmp_path / "out", captions, prompt=None, caption_weight=0.3)
     assert result.constraint_error is None
     assert result.merged.target_error < result.added.target_error and result.merged.drift < result.added.drift
-    words = target_words([[seen(pipeline, prompt) for prompt in own] for own in prompts], prompts)
+    words = target_words([[seen(pipeline, prompt, padding=True) for prompt in own] for own in prompts], prompts)
     assert sum(map(len, words)) > words[0].shape[1]
-    text = torch.cat([seen(pipeline, caption) for caption in CAPTIONS])
+    text = torch.cat([seen(pipeline, caption, padding=True) for caption in CAPTIONS])
     merged, own = custom_diffusion.read(result.path), [custom_diffusion.read(folder) for folder in folders]
     for path, layer in layers_of(pipeline).items():
         expected = fit_weights(layer.weight.detach(), [one.weights[path] for one in own], words, text, 0.3)
@@ -167,8 +168,8 @@ def test_merged_shifts_are_of_the_closed_form(base: Path, pipeline: Any, tmp_pat
     assert result.constraint_error is None and result.path == tmp_path / "out" / "spectral_shifts.safetensors"
     own = [checkpoint.read(Path(folder) / result.path.name).deltas for folder in folders]
     merged = checkpoint.read(result.path)
-    words = [seen(pipeline, prompt)[2:] for prompt in PROMPTS]
-    text = torch.cat([seen(pipeline, caption) for caption in CAPTIONS])
+    words = [seen(pipeline, prompt, padding=True)[2:] for prompt in PROMPTS]
+    text = torch.cat([seen(pipeline, caption, padding=True) for caption in CAPTIONS])
     clamped = 0
     for path, layer in layers_of(pipeline).items():
         _, sigma, Vh = torch.linalg.svd(layer.weight.detach().double(), full_matrices=False)
@@ -216,11 +217,11 @@ def test_learned_tokens_are_read_and_go_along(base: Path, pipeline: Any, tmp_pat
     for file, token, embedding in zip(files, ["<new1>", "<new2>"], embeddings, strict=True):
         assert torch.equal(load_file(tmp_path / "out" / file)[token], embedding)
     learn_tokens(pipeline, token_files([str(tmp_path / "out")]))
-    lengths = [len(one) for one in text_features(family_of(pipeline), prompts)]
+    lengths = [len(one) for one in text_features(family_of(pipeline), prompts, padding=False)]
     assert lengths == [5, 6]  # <new2> is two tokens
     merged = custom_diffusion.read(result.path)
     for i, folder in enumerate(folders):
-        words = text_features(family_of(pipeline), prompts)[i][2:]
+        words = text_features(family_of(pipeline), prompts, padding=False)[i][2:]
         for path, weight in custom_diffusion.read(folder).weights.items():
             assert_met(words, merged.weights[path], weight)
     learned(folders[1], "<new1>", pipeline)
