@@ -43,6 +43,7 @@ CUSTOM = Contender(
     {**WORD, "method": "custom_diffusion", "learning_rate": 1e-3, "noaug": True},
     new_words=True,
 )
+MERGEABLE = Contender("Custom Diffusion, keep_prefix", {**CUSTOM.settings, "keep_prefix": True}, new_words=True)
 SHIFTS_KV = Contender(
     "shifts of K and V, new word", {**WORD, "targets": "cross_attn_kv", "learning_rate": 3e-2}, new_words=True
 )
@@ -59,6 +60,7 @@ CONTENDERS: dict[str, Contender] = {
     "lora16": LORA_16,
     "full": FULL,
     "custom": CUSTOM,
+    "mergeable": MERGEABLE,
     "shifts_kv": SHIFTS_KV,
     "inversion": INVERSION,
 }

@@ -195,7 +195,9 @@ def _pairs(found: Mapping[str, Results], images: str) -> str:
     columns: Columns = {
         "both_in_place": ("both, each in its place", percent),
         "both_elsewhere": ("on grounds never taught", percent),
+        "both_right": ("each right in a picture of its own", percent),
         "agreeing": ("one alone, all as asked", percent),
+        "worse": ("the worse of the two", percent),
         "unchanged": ("other prompts right", percent),
         "merge_seconds": ("s to merge", number),
         "target_error": ("words missed", number),

@@ -15,16 +15,18 @@ import svdiff
 import torch
 from svdiff import MergeConfig, TrainConfig, custom_diffusion
 from svdiff.miniature import load_pipeline, world
-from svdiff.miniature.task import Task, agreeing, both_in_place, unchanged
+from svdiff.miniature.task import EXAMPLES, Task, agreeing, both_in_place, share, unchanged
 from svdiff.sampling import grid, save_picture
 
-from .contenders import CUSTOM, LORA_16, SHIFTS, SHIFTS_KV, Contender
+from .contenders import CUSTOM, LORA_16, MERGEABLE, SHIFTS, SHIFTS_KV, Contender
 from .runs import Figures, Run
 from .subjects import BATCH
-from .teach import PICTURES, config_of, link_class_images, trained
+from .teach import PICTURES, config_of, link_class_images, look, trained
 
 TOGETHER, APART = 800, 500
 _PROMPTS = 64
+_CAPTION_WEIGHT = 0.1
+_ROUNDS = 3  # of each of the scenes that no picture showed
 PAIRS = {
     "mushroom+robot": ("mushroom", "robot"),
     "house+fish": ("house", "fish"),
@@ -89,8 +91,16 @@ def judged(pipeline: Any, task: Task, folder: Path, name: str = "pair") -> Figur
         images = task.draw(pipeline, prompts)
         found[mark] = both_in_place(images, pairs)
         save_picture(grid(images, 8), folder / f"{name}_{mark}.png")
-    scenes, others = task.new_scenes(_PROMPTS), task.other_scenes(_PROMPTS)
-    found["agreeing"] = agreeing(task.draw(pipeline, [task.prompt(scene) for scene in scenes]), scenes)
+    right = []
+    for subject in task.subjects:  # both at the same places, in the same sizes, on the same grounds
+        scenes = _ROUNDS * [scene for scene in world.subject_scenes(subject) if look(scene) not in EXAMPLES]
+        images = task.draw(pipeline, [task.prompt(scene) for scene in scenes])
+        save_picture(grid(images, 8), folder / f"{name}_{subject}.png")
+        right.append([agreeing([image], [scene]) == 1 for image, scene in zip(images, scenes, strict=True)])
+    found["agreeing"] = share([*right[0], *right[1]])
+    found["worse"] = min(share(right[0]), share(right[1]))
+    found["both_right"] = share(a and b for a, b in zip(*right, strict=True))
+    others = task.other_scenes(_PROMPTS)
     plain = task.draw(pipeline, [world.caption(scene) for scene in others])
     return {**found, "unchanged": unchanged(plain, others)}
 
@@ -113,12 +123,11 @@ def _of_one(way: Contender, task: Task, subject: str) -> Contender:
 
 
 def _merged(folders: Sequence[Path], task: Task, folder: Path) -> tuple[Any, Figures]:
-    prompts = [f"a {task.token(subject)} {world.CLASS_NOUN}" for subject in task.subjects]
     result = svdiff.merge(
         MergeConfig(
             ckpt=[str(one) for one in folders],
             pretrained_model_name_or_path="miniature",
-            prompt=prompts,
+            caption_weight=_CAPTION_WEIGHT,  # by least squares over all captions that they were trained with
             output_dir=str(folder / "merged"),
             overwrite=True,
         )
@@ -171,7 +180,7 @@ WAYS: dict[str, Way] = {
     "unmix": Way(replace(SHIFTS, settings={**CUT_MIX, "unmix_loss_weight": 1.0})),
     "lora": Way(LORA_16),
     "custom": Way(CUSTOM),
-    "custom_apart": Way(CUSTOM, together=False, ends={"merged": _merged, "added": _added_weights}),
+    "custom_apart": Way(MERGEABLE, together=False, ends={"merged": _merged, "added": _added_weights}),
     "shifts_apart": Way(SHIFTS, together=False, ends={"added": _added_shifts}),
     "kv_apart": Way(SHIFTS_KV, together=False, ends={"merged": _merged, "added": _added_shifts}),
 }

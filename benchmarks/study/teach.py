@@ -103,6 +103,11 @@ def trained(config: TrainConfig, folder: Path, *, fused: bool = False) -> Any:
     return pipeline
 
 
+def look(scene: world.Scene) -> tuple[str, str, str]:
+    """What tells the scenes of a subject apart, as `task.EXAMPLES` has them."""
+    return scene.items[0].position, scene.items[0].size, scene.background
+
+
 def prepare(work: Path, seeds: int, *, several: bool) -> None:
     """Draw the class pictures that all runs of a seed share, those that are missing."""
     for seed in range(seeds):

@@ -20,7 +20,7 @@ from svdiff.sampling import grid, save_picture
 
 from .contenders import NAMERS, Contender
 from .runs import Figures, Run
-from .teach import trained
+from .teach import look, trained
 
 THINGS = {
     "purple star": ("star", "purple"),
@@ -41,7 +41,7 @@ def run(one: Run, work: Path) -> Figures:
         for size in world.SIZES
         for background in world.BACKGROUNDS
     ]
-    learnt = [scene for scene in scenes if _look(scene) in EXAMPLES]
+    learnt = [scene for scene in scenes if look(scene) in EXAMPLES]
     new = [scene for scene in scenes if scene not in learnt]
     config = _config(contender, one, folder, learnt)
     result = svdiff.train(config)
@@ -87,10 +87,6 @@ def _config(contender: Contender, one: Run, folder: Path, scenes: list[world.Sce
 def _prompt(scene: world.Scene, contender: Contender) -> str:
     item, word = scene.items[0], "<sks>" if contender.new_words else world.RARE_TOKENS[0]
     return f"a {item.size} {word} {world.place(item.position)}, {scene.background} background"
-
-
-def _look(scene: world.Scene) -> tuple[str, str, str]:
-    return scene.items[0].position, scene.items[0].size, scene.background
 
 
 def _shows(image: Image, shape: str, color: str) -> bool:
