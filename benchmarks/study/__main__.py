@@ -27,7 +27,7 @@ class _Experiment(NamedTuple):
 _EXPERIMENTS = {
     "subjects": _Experiment(contenders.CONTENDERS, subjects.SUBJECTS, subjects.run),
     "words": _Experiment(contenders.NAMERS, list(words.THINGS), words.run),
-    "styles": _Experiment(contenders.STYLISTS, styles.TAUGHT, styles.run),
+    "styles": _Experiment(contenders.STYLISTS, list(styles.ALL), styles.run),
     "pairs": _Experiment(pairs.WAYS, list(pairs.PAIRS), pairs.run),
     "layers": _Experiment(contenders.LAYERS, ("mushroom", "robot"), subjects.run),
     "rates": _Experiment(contenders.RATES, ("robot",), subjects.run),

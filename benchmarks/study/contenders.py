@@ -103,7 +103,8 @@ _STYLE_WORD: dict[str, Any] = {"modifier_token": ["<style>"], "initializer_token
 _LOOKING: dict[str, Any] = {**_STYLE_WORD, "image_encoder": "miniature", "learning_rate_tokens": 1e-3}
 _STYLE_SHIFTS: dict[str, Any] = {"learning_rate": 8e-3, "learning_rate_1d": 8e-3}
 
-STYLISTS: dict[str, Contender] = {
+STYLISTS: dict[str, Contender | None] = {
+    "none": None,
     "svd_inst": Contender("SVD-InST", {**_LOOKING, **_STYLE_SHIFTS}, new_words=True),
     "inst": Contender(
         "InST", {**_LOOKING, "method": "textual_inversion", "learning_rate_tokens": 5e-3}, new_words=True
@@ -122,7 +123,7 @@ STYLISTS: dict[str, Contender] = {
         new_words=True,
     ),
 }
-"""Of a style; none preserves a prior, and text encoders stay as they are."""
+"""Of a style; none preserves a prior, and text encoders stay as they are. `None` has not learnt it."""
 
 EDITORS: dict[str, Contender | None] = {
     "none": None,

@@ -12,7 +12,7 @@ import torch
 from svdiff.evaluation import estimate
 from svdiff.evaluation.metrics import mean
 
-from . import contenders, pairs, papers, plots
+from . import contenders, pairs, papers, plots, styles, subjects
 from .runs import Figures, Results
 
 Cell = Callable[[Sequence[float]], str]
@@ -172,16 +172,24 @@ def _styles(found: Mapping[str, Results], images: str) -> str:
         "fid": ("FID to the exact style", partial(number, digits=1)),
         "content_distance": ("distance to the content", number),
     }
-    by_way: dict[str, dict[str, list[Figures]]] = {}
-    for name, contender in contenders.STYLISTS.items():
-        for run in found["styles"].of(name):
-            for way, figures in run["ways"].items():
-                by_way.setdefault(way, {}).setdefault(contender.label, []).append(figures)
-    tables = "\n\n".join(f"{way.capitalize()}:\n\n{table(rows, columns)}" for way, rows in by_way.items())
+    never_seen = [case for case in found["styles"].cases() if case != styles.KNOWN]
+    parts = []
+    for title, cases in (
+        (f"{len(never_seen)} styles that the base has never seen, at strength 0.8", never_seen),
+        ("What the base can draw, a black ground, at strength 0.95", [styles.KNOWN]),
+    ):
+        for way in ("plain", "stochastic inversion"):
+            rows: dict[str, list[Figures]] = {}
+            for name, contender in contenders.STYLISTS.items():
+                runs = [run["ways"][way] for case in sorted(cases) for run in found["styles"].of(name, case)]
+                if runs:
+                    rows[contender.label if contender else "not learnt"] = runs
+            if rows:
+                parts.append(f"{title}, {way}:\n\n{table(rows, columns)}")
+    tables = "\n\n".join(parts)
     return f"""## A style
 
-Two dozen pictures in each of {len(found["styles"].cases())} styles that the base has never seen; other pictures are
-drawn anew at strength 0.8.
+Two dozen pictures in a style; other pictures are drawn anew in it, image to image.
 
 {tables}"""
 
@@ -261,7 +269,8 @@ def _papers(found: Mapping[str, Results]) -> str:
         return [_mean(found["subjects"].of(name), mark) for mark in marks]
 
     def of_styles(name: str) -> list[float | None]:
-        plain = [run["ways"]["plain"] for run in found["styles"].of(name)]
+        runs = [run for case in styles.TAUGHT for run in found["styles"].of(name, case)]
+        plain = [run["ways"]["plain"] for run in runs]
         return [_mean(plain, mark) for mark in ("fid", "content_distance")]
 
     parts = [

@@ -76,6 +76,8 @@ def test_every_setting_is_one_that_training_takes(tmp_path: Path) -> None:
     for experiment, known in (("styles", contenders.STYLISTS), ("words", contenders.NAMERS)):
         for contender in known.values():
             run = Run(experiment, "", next(iter(_EXPERIMENTS[experiment].cases)), 0)
+            if contender is None:
+                continue
             if experiment == "styles":
                 check(styles._config(contender, run, tmp_path / experiment))
             else:
@@ -154,7 +156,7 @@ def test_the_page_has_every_table_and_plot(tmp_path: Path) -> None:
     written = tmp_path / "docs" / "study.md"
     page.write(results, written, tmp_path / "docs" / "images" / "study")
     text = written.read_text()
-    known = [*contenders.CONTENDERS.values(), *contenders.LAYERS.values(), *contenders.STYLISTS.values()]
+    known = [*contenders.CONTENDERS.values(), *contenders.LAYERS.values(), *filter(None, contenders.STYLISTS.values())]
     for label in [*(one.label for one in known), *pairs.LABELS.values(), "CycleGAN", "not learnt, from noise"]:
         assert f"| {label} |" in text
     assert "| 20.96" not in text and "| 21 |" in text  # theirs, in three digits
