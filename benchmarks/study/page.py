@@ -105,9 +105,8 @@ def _subjects(found: Mapping[str, Results], images: str) -> str:
             rows[contender.label] = [*runs, *cost.of(name)]
     return f"""## One subject
 
-Six pictures, 500 steps (learning rates: see below), {
-        len(found["subjects"].cases())
-    } subjects that the base has never seen, new prompts.
+Six pictures, {subjects.STEPS} steps of {subjects.BATCH} samples and as many of the class,
+{len(found["subjects"].cases())} subjects that the base has never seen, learning rates: see below; new prompts.
 
 {
         table(
