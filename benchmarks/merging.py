@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from svdiff.attached import weight_of
 from svdiff.closed_form import directions, merge_shifts, shares_of, summary
 from svdiff.targets import select
 
@@ -91,7 +92,7 @@ def _shapes() -> list[torch.Size]:
     config = json.loads((registry.CONFIGS / "sd15_unet.json").read_text())
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
-    return [layer.weight.shape for layer in select(unet, "cross_attn_kv", one_dim=False).values()]
+    return [weight_of(layer).shape for layer in select(unet, "cross_attn_kv", one_dim=False).values()]
 
 
 if __name__ == "__main__":
