@@ -49,7 +49,11 @@ class State:
 
 def checkpoints(directory: Path) -> list[Path]:
     """The checkpoints of a run, the oldest first."""
-    found = {int(match[1]): path for path in directory.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))}
+    try:
+        names = os.listdir(directory)
+    except FileNotFoundError:  # there is none yet, or a run that failed has just taken it away
+        return []
+    found = {int(match[1]): directory / name for name in names if (match := _NAME.fullmatch(name))}
     return [found[step] for step in sorted(found)]
 
 
