@@ -10,18 +10,11 @@
 
 from __future__ import annotations
 
-try:
-    from .encoders import Encoder, load_clip, load_dino, load_inception, load_miniature_encoder
-    from .intervals import Estimate, bootstrap_interval, estimate
-    from .lpips import LPIPS, load_lpips
-    from .metrics import cosine_distances, diversity, drift, fid, image_alignment, kid, mean, text_alignment
-    from .pictures import Judged, judged_pictures
-except ModuleNotFoundError as error:
-    from ..extras import lacking
-
-    if (told := lacking(error, "svdiff.evaluation")) is None:
-        raise
-    raise told from error
+from .encoders import Encoder, load_clip, load_dino, load_inception, load_miniature_encoder
+from .intervals import Estimate, bootstrap_interval, estimate
+from .lpips import LPIPS, load_lpips
+from .metrics import cosine_distances, diversity, drift, fid, image_alignment, kid, mean, text_alignment
+from .pictures import Judged, judged_pictures
 
 __all__ = [
     "LPIPS",
