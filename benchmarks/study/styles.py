@@ -6,11 +6,9 @@ is told by rule. So what an exact stylisation would give is known, too: the filt
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import svdiff
@@ -29,11 +27,11 @@ from svdiff.stylize import stylized
 from .contenders import STYLISTS, Contender
 from .marks import image_features
 from .runs import Figures, Run
-from .teach import trained
+from .teach import config_of_pictures, trained
 
 TAUGHT = ("shadow", "blueprint", "bars")
 KNOWN = "black ground"
-_LEARNT = 24
+_LEARNT, _STEPS = 24, 300
 _JUDGED = 64
 _STRENGTH = {KNOWN: 0.95}  # at 0.8, the papers', half of a ground shines through
 _WORD = "<style>"
@@ -109,27 +107,12 @@ def run(one: Run, work: Path) -> Figures:
 
 
 def _config(contender: Contender, one: Run, folder: Path) -> TrainConfig:
-    pictures = folder / "pictures"
-    pictures.mkdir(parents=True, exist_ok=True)
-    rng, lines = random.Random(f"style/{one.seed}"), []
-    for i in range(_LEARNT):
+    rng = random.Random(f"style/{one.seed}")
+    pictures = []
+    for _ in range(_LEARNT):
         scene = world.sample_scene(rng, 1)
-        ALL[one.case].apply(world.render(scene, rng)).save(pictures / f"{i:02d}.png")
-        lines.append(json.dumps({"file_name": f"{i:02d}.png", "text": _prompt(scene, contender)}))
-    (pictures / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-    shared: dict[str, Any] = {
-        "pretrained_model_name_or_path": "miniature",
-        "instance_data_dir": str(pictures),
-        "output_dir": str(folder / "run"),
-        "max_train_steps": 300,
-        "checkpointing_steps": 3000,
-        "lr_scheduler": "cosine",
-        "train_batch_size": 8,
-        "seed": one.seed,
-        "report_to": "none",
-        "overwrite": True,
-    }
-    return TrainConfig(**{**shared, **contender.settings})
+        pictures.append((ALL[one.case].apply(world.render(scene, rng)), _prompt(scene, contender)))
+    return config_of_pictures(folder, pictures, **{"max_train_steps": _STEPS, "seed": one.seed, **contender.settings})
 
 
 def _prompt(scene: world.Scene, contender: Contender | None) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import svdiff
 import torch
+from PIL.Image import Image
 from svdiff import TrainConfig, custom_diffusion
 from svdiff.miniature import load_pipeline, world
 from svdiff.miniature.evaluate import STEPS
@@ -59,6 +60,27 @@ def config_of(task: Task, folder: Path, subjects: Sequence[str] | None = None, *
         "checkpointing_steps": steps // 4,
         "seed": task.seed,
         "report_to": "none",
+    }
+    return TrainConfig(**{**shared, **settings})
+
+
+def config_of_pictures(folder: Path, pictures: Iterable[tuple[Image, str]], **settings: Any) -> TrainConfig:
+    """How captioned pictures are learnt, without a prior: they are written into the folder."""
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    lines = []
+    for i, (image, caption) in enumerate(pictures):
+        image.save(folder / "pictures" / f"{i:02d}.png")
+        lines.append(json.dumps({"file_name": f"{i:02d}.png", "text": caption}))
+    (folder / "pictures" / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    shared: dict[str, Any] = {
+        "pretrained_model_name_or_path": "miniature",
+        "instance_data_dir": str(folder / "pictures"),
+        "output_dir": str(folder / "run"),
+        "checkpointing_steps": 10_000,
+        "lr_scheduler": "cosine",
+        "train_batch_size": 8,
+        "report_to": "none",
+        "overwrite": True,
     }
     return TrainConfig(**{**shared, **settings})
 

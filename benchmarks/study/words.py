@@ -5,10 +5,8 @@ The thing is a plain object, of which captions tell no shape and no colour: a ne
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
-from typing import Any
 
 import svdiff
 from PIL.Image import Image
@@ -20,14 +18,14 @@ from svdiff.sampling import grid, save_picture
 
 from .contenders import NAMERS, Contender
 from .runs import Figures, Run
-from .teach import look, trained
+from .teach import config_of_pictures, look, trained
 
 THINGS = {
     "purple star": ("star", "purple"),
     "green heart": ("heart", "green"),
     "orange cross": ("cross", "orange"),
 }
-_JUDGED = 48
+_JUDGED, _STEPS = 48, 400
 _OTHERS = 64
 
 
@@ -62,26 +60,9 @@ def run(one: Run, work: Path) -> Figures:
 
 
 def _config(contender: Contender, one: Run, folder: Path, scenes: list[world.Scene]) -> TrainConfig:
-    pictures = folder / "pictures"
-    pictures.mkdir(parents=True, exist_ok=True)
-    rng, lines = random.Random(one.seed), []
-    for i, scene in enumerate(scenes):
-        world.render(scene, rng).save(pictures / f"{i}.png")
-        lines.append(json.dumps({"file_name": f"{i}.png", "text": _prompt(scene, contender)}))
-    (pictures / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-    shared: dict[str, Any] = {
-        "pretrained_model_name_or_path": "miniature",
-        "instance_data_dir": str(pictures),
-        "output_dir": str(folder / "run"),
-        "max_train_steps": 400,
-        "checkpointing_steps": 4000,
-        "lr_scheduler": "cosine",
-        "train_batch_size": 8,
-        "seed": one.seed,
-        "report_to": "none",
-        "overwrite": True,
-    }
-    return TrainConfig(**{**shared, **contender.settings})
+    rng = random.Random(one.seed)
+    pictures = [(world.render(scene, rng), _prompt(scene, contender)) for scene in scenes]
+    return config_of_pictures(folder, pictures, **{"max_train_steps": _STEPS, "seed": one.seed, **contender.settings})
 
 
 def _prompt(scene: world.Scene, contender: Contender) -> str:

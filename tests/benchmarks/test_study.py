@@ -192,8 +192,7 @@ def test_a_run_of_each_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     def config(**settings: Any) -> TrainConfig:
         return TrainConfig(**{**settings, **short})
 
-    monkeypatch.setattr(styles, "TrainConfig", config)
-    monkeypatch.setattr(words, "TrainConfig", config)
+    monkeypatch.setattr(teach, "TrainConfig", config)
     for experiment, contender, case in (
         ("subjects", "shifts", "robot"), ("subjects", "custom", "robot"), ("styles", "svd_inst", "bars"),
         ("words", "inversion", "purple star"), ("pairs", "unmix", "robot+lolly"),
