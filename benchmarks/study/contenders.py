@@ -26,9 +26,9 @@ _LORA = {"method": "lora", "targets": "attention", "learning_rate": 1e-3}  # as 
 _ALONE = {"train_text_encoder": False}  # the text encoder stays as it is, but for a new word
 WORD: dict[str, Any] = {
     **_ALONE,
-    "modifier_token": ["<sks>"],
-    "initializer_token": ["toy"],
-    "learning_rate_tokens": 5e-3,
+    "initializer_token": "vtn",  # a rare one, as Custom Diffusion has it
+    "num_vectors": 4,
+    "learning_rate_tokens": 1e-2,
 }
 
 # Of one subject: the first table.
@@ -40,10 +40,14 @@ FULL = Contender("all weights (DreamBooth)", {"method": "full", "learning_rate":
 CUSTOM = Contender(
     "Custom Diffusion",
     # captions here tell the size of what they show, so that words for the size of the picture would contradict them
-    {**WORD, "method": "custom_diffusion", "learning_rate": 1e-3, "noaug": True},
+    {**WORD, "method": "custom_diffusion", "learning_rate": 2e-3, "noaug": True},
     new_words=True,
 )
-MERGEABLE = Contender("Custom Diffusion, keep_prefix", {**CUSTOM.settings, "keep_prefix": True}, new_words=True)
+MERGEABLE = Contender(
+    "Custom Diffusion, keep_prefix",
+    {**CUSTOM.settings, "keep_prefix": True, "learning_rate": 3e-3},
+    new_words=True,
+)
 SHIFTS_KV = Contender(
     "shifts of K and V, new word", {**WORD, "targets": "cross_attn_kv", "learning_rate": 3e-2}, new_words=True
 )
@@ -86,7 +90,7 @@ _TRIED: dict[str, tuple[Contender, tuple[float, ...]]] = {
     "shifts": (SHIFTS, (1e-3, 3e-3, 1e-2, 3e-2)),
     "lora4": (LORA_4, (3e-4, 1e-3, 3e-3)),
     "full": (FULL, (3e-5, 1e-4, 3e-4)),
-    "custom": (CUSTOM, (3e-4, 1e-3, 3e-3)),
+    "custom": (CUSTOM, (1e-3, 2e-3, 4e-3)),
 }
 
 RATES: dict[str, Contender] = {
@@ -98,6 +102,13 @@ RATES: dict[str, Contender] = {
     for name, (contender, rates) in _TRIED.items()
     for rate in rates
 }
+
+ALREADY: dict[str, str] = {
+    "all": "shifts",
+    **{f"{name}_{rate:g}": name for name, rate in (("shifts", 1e-2), ("lora4", 1e-3), ("full", 1e-4))},
+    f"custom_{CUSTOM.settings['learning_rate']:g}": "custom",
+}
+"""Of `LAYERS` and `RATES`, those that the first table has, by their names there: they are not taught again."""
 
 _STYLE_WORD: dict[str, Any] = {"modifier_token": ["<style>"], "initializer_token": ["style"]}
 _LOOKING: dict[str, Any] = {**_STYLE_WORD, "image_encoder": "miniature", "learning_rate_tokens": 1e-3}
@@ -119,7 +130,14 @@ STYLISTS: dict[str, Contender | None] = {
     "full": FULL,
     "custom": Contender(
         CUSTOM.label,
-        {**CUSTOM.settings, **_STYLE_WORD},
+        {
+            **_ALONE,
+            **_STYLE_WORD,
+            "method": "custom_diffusion",
+            "learning_rate": 1e-3,
+            "learning_rate_tokens": 5e-3,
+            "noaug": True,
+        },
         new_words=True,
     ),
 }

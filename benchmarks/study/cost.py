@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import svdiff
-from svdiff.miniature.task import Task
 
 from .. import resident
 from .contenders import CONTENDERS
 from .runs import Figures, Run
 from .subjects import BATCH
-from .teach import PICTURES, config_of, link_class_images
+from .teach import config_of, link_class_images, task_of
 
 _STEPS = 60
 
@@ -19,7 +18,7 @@ _STEPS = 60
 def run(one: Run, work: Path) -> Figures:
     """Take some steps."""
     contender, folder = CONTENDERS[one.contender], one.folder(work)
-    task = Task((one.case,), 0, PICTURES, contender.new_words)
+    task = task_of((one.case,), 0, new_words=contender.new_words)
     link_class_images(folder, work, task)
     shared = {
         "max_train_steps": _STEPS,

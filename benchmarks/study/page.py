@@ -229,7 +229,7 @@ def _layers(found: Mapping[str, Results], images: str) -> str:
     }
     return f"""## Some layers only
 
-{table(_rows(found["layers"], contenders.LAYERS), columns)}"""
+{table(_rows_with_the_first(found, "layers", contenders.LAYERS), columns)}"""
 
 
 def _rates(found: Mapping[str, Results], images: str) -> str:
@@ -240,7 +240,7 @@ def _rates(found: Mapping[str, Results], images: str) -> str:
     }
     return f"""## Learning rates
 
-{table(_rows(found["rates"], contenders.RATES), columns)}"""
+{table(_rows_with_the_first(found, "rates", contenders.RATES), columns)}"""
 
 
 def _editing(found: Mapping[str, Results], images: str) -> str:
@@ -304,6 +304,23 @@ def _mean(runs: Sequence[Figures], mark: str) -> float | None:
 
 def _or_dash(value: float | None) -> str:
     return "-" if value is None else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _rows_with_the_first(
+    found: Mapping[str, Results], experiment: str, known: Mapping[str, contenders.Contender]
+) -> dict[str, list[Figures]]:
+    """As `_rows`, with those of the first table that belong here, of the same cases and seeds."""
+    asked = {(run.case, run.seed) for run in found[experiment].runs}
+    rows = {}
+    for name, contender in known.items():
+        first = [
+            figures
+            for run, figures in sorted(found["subjects"].runs.items())
+            if run.contender == contenders.ALREADY.get(name) and (run.case, run.seed) in asked
+        ]
+        if runs := [*found[experiment].of(name), *first]:
+            rows[contender.label] = runs
+    return rows
 
 
 def _rows(found: Results, known: Mapping[str, Any]) -> dict[str, list[Figures]]:

@@ -7,7 +7,7 @@ others; each subject alone too, as in `subjects`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,12 @@ from svdiff.miniature import load_pipeline, world
 from svdiff.miniature.task import EXAMPLES, Task, agreeing, both_in_place, share, unchanged
 from svdiff.sampling import grid, save_picture
 
-from .contenders import CUSTOM, LORA_16, MERGEABLE, SHIFTS, SHIFTS_KV, Contender
+from .contenders import CONTENDERS, CUSTOM, LORA_16, SHIFTS, Contender
 from .runs import Figures, Run
-from .subjects import BATCH
-from .teach import PICTURES, config_of, link_class_images, look, trained
+from .subjects import BATCH, learnt
+from .teach import config_of, link_class_images, look, task_of, trained
 
-TOGETHER, APART = 800, 500
+TOGETHER = 800
 _PROMPTS = 64
 _CAPTION_WEIGHT = 0.1
 _ROUNDS = 3  # of each of the scenes that no picture showed
@@ -40,42 +40,46 @@ CUT_MIX: dict[str, Any] = {
         "{second} on the right and {first} on the left, gray background",
     ],
 }
-_WORDS = {"modifier_token": ["<sks>", "<zwx>"], "initializer_token": ["toy", "toy"]}
 
 
 @dataclass(frozen=True)
-class Way:
-    """How two subjects are taught.
+class Together:
+    """Two subjects taught in one run.
 
     Attributes:
         contender: see there.
-        together: whether in one run.
-        ends: by label, what is made of runs apart: a pipeline of their folders.
     """
 
     contender: Contender
-    together: bool = True
-    ends: dict[str, Callable[[Sequence[Path], Task, Path], tuple[Any, Figures]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Each subject taught by itself, as for the first table.
+
+    Attributes:
+        contender: its name there.
+        ends: by label, what is made of the two: a pipeline of their folders.
+    """
+
+    contender: str
+    ends: dict[str, Callable[[Sequence[Path], Task, Path], tuple[Any, Figures]]]
 
 
 def run(one: Run, work: Path) -> Figures:
     """Teach, draw and judge; by name of the end, where there are several."""
-    way, folder = WAYS[one.contender], one.folder(work)
-    task = Task(PAIRS[one.case], one.seed, PICTURES, way.contender.new_words)
-    link_class_images(folder, work, task)
-    if way.together:
-        config = _config(way.contender, task, folder, TOGETHER, task.subjects)
+    way, subjects, folder = WAYS[one.contender], PAIRS[one.case], one.folder(work)
+    if isinstance(way, Together):
+        task = task_of(subjects, one.seed, new_words=way.contender.new_words)
+        link_class_images(folder, work, task)
+        config = _config(way.contender, task, folder)
         result = svdiff.train(config)
         return {
             "bytes": sum(file.stat().st_size for file in result.files),
             **judged(trained(config, result.output_dir), task, folder),
         }
-    folders = []
-    for subject in task.subjects:
-        own = folder / subject
-        link_class_images(own, work, task)
-        config = _config(_of_one(way.contender, task, subject), task, own, APART, (subject,))
-        folders.append(svdiff.train(config).output_dir)
+    task = task_of(subjects, one.seed, new_words=CONTENDERS[way.contender].new_words, apart=True)
+    folders = [learnt(way.contender, subject, one.seed, work) for subject in subjects]
     figures = {}
     for name, end in way.ends.items():
         pipeline, told = end(folders, task, folder)
@@ -105,21 +109,14 @@ def judged(pipeline: Any, task: Task, folder: Path, name: str = "pair") -> Figur
     return {**found, "unchanged": unchanged(plain, others)}
 
 
-def _config(way: Contender, task: Task, folder: Path, steps: int, subjects: Sequence[str]) -> TrainConfig:
+def _config(contender: Contender, task: Task, folder: Path) -> TrainConfig:
     how: dict[str, Any] = {
-        "max_train_steps": steps,
+        "max_train_steps": TOGETHER,
         "train_batch_size": BATCH,
-        "checkpointing_steps": 10 * steps,
+        "checkpointing_steps": 10 * TOGETHER,
         "overwrite": True,
     }
-    how |= way.settings
-    if way.new_words and len(subjects) > 1:
-        how |= _WORDS
-    return config_of(task, folder, subjects, **how)
-
-
-def _of_one(way: Contender, task: Task, subject: str) -> Contender:
-    return replace(way, settings={**way.settings, "modifier_token": [task.token(subject)]}) if way.new_words else way
+    return config_of(task, folder, **{**how, **contender.settings})
 
 
 def _merged(folders: Sequence[Path], task: Task, folder: Path) -> tuple[Any, Figures]:
@@ -174,15 +171,16 @@ def _added_shifts(folders: Sequence[Path], task: Task, folder: Path) -> tuple[An
     return pipeline, {}
 
 
-WAYS: dict[str, Way] = {
-    "joint": Way(SHIFTS),
-    "cutmix": Way(replace(SHIFTS, settings=CUT_MIX)),
-    "unmix": Way(replace(SHIFTS, settings={**CUT_MIX, "unmix_loss_weight": 1.0})),
-    "lora": Way(LORA_16),
-    "custom": Way(CUSTOM),
-    "custom_apart": Way(MERGEABLE, together=False, ends={"merged": _merged, "added": _added_weights}),
-    "shifts_apart": Way(SHIFTS, together=False, ends={"added": _added_shifts}),
-    "kv_apart": Way(SHIFTS_KV, together=False, ends={"merged": _merged, "added": _added_shifts}),
+WAYS: dict[str, Together | Apart] = {
+    "joint": Together(SHIFTS),
+    "cutmix": Together(replace(SHIFTS, settings=CUT_MIX)),
+    "unmix": Together(replace(SHIFTS, settings={**CUT_MIX, "unmix_loss_weight": 1.0})),
+    "lora": Together(LORA_16),
+    "custom": Together(CUSTOM),
+    "custom_apart": Apart("custom", {"merged": _merged}),
+    "mergeable_apart": Apart("mergeable", {"merged": _merged, "added": _added_weights}),
+    "shifts_apart": Apart("shifts", {"added": _added_shifts}),
+    "kv_apart": Apart("shifts_kv", {"merged": _merged, "added": _added_shifts}),
 }
 LABELS = {
     "joint": "shifts, together",
@@ -191,7 +189,8 @@ LABELS = {
     "lora": "LoRA r = 16, together",
     "custom": "Custom Diffusion, together",
     "custom_apart/merged": "Custom Diffusion, apart, merged",
-    "custom_apart/added": "Custom Diffusion, apart, added up",
+    "mergeable_apart/merged": "Custom Diffusion, keep_prefix, apart, merged",
+    "mergeable_apart/added": "Custom Diffusion, keep_prefix, apart, added up",
     "shifts_apart/added": "shifts, apart, added up",
     "kv_apart/merged": "shifts of K and V, apart, merged",
     "kv_apart/added": "shifts of K and V, apart, added up",

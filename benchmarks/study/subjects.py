@@ -13,19 +13,21 @@ from typing import Any
 
 import svdiff
 import torch
+from filelock import FileLock
 from PIL.Image import Image
 from PIL.Image import open as open_image
 from svdiff import TrainConfig
 from svdiff.miniature import load_pipeline, world
 from svdiff.miniature.evaluate import draw
 from svdiff.miniature.task import Task, recognised, unchanged
+from svdiff.outputs import is_finished
 from svdiff.sampling import grid, save_picture
 from svdiff.training import state
 
 from .contenders import CONTENDERS, LAYERS, RATES, Contender
 from .marks import class_marks, subject_marks, toy_marks
 from .runs import Figures, Run
-from .teach import PICTURES, config_of, layer_changes, link_class_images, trained
+from .teach import config_of, layer_changes, link_class_images, task_of, trained
 
 STEPS, BATCH = 500, 4
 _PROMPTS = 64
@@ -42,11 +44,9 @@ CASES: dict[str, dict[str, Contender]] = {"subjects": CONTENDERS, "layers": LAYE
 
 def run(one: Run, work: Path) -> Figures:
     """Teach, draw and judge."""
-    contender = CASES[one.experiment][one.contender]
-    folder = one.folder(work)
-    task = Task((one.case,), one.seed, PICTURES, contender.new_words)
-    config = _config(contender, task, folder, work, curve=one.experiment == "subjects" and one.seed == 0)
-    result = svdiff.train(config)
+    folder, task, config = one.folder(work), *_asked(one, work)
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        result = svdiff.train(config)
     pipeline = trained(config, result.output_dir, fused=True)
     figures: Figures = {
         "numbers": result.num_parameters,
@@ -70,6 +70,24 @@ def run(one: Run, work: Path) -> Figures:
     for path in [*found, result.output_dir / "pipeline"]:  # what is large, and told already
         shutil.rmtree(path, ignore_errors=True)
     return figures
+
+
+def learnt(contender: str, subject: str, seed: int, work: Path) -> Path:
+    """The folder of what a contender has learnt of a subject for the first table; it is taught if it has not been."""
+    one = Run("subjects", contender, subject, seed)
+    folder = one.folder(work)
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        _, config = _asked(one, work)
+        if not is_finished(config.output_dir):
+            svdiff.train(config)
+    return Path(config.output_dir)
+
+
+def _asked(one: Run, work: Path) -> tuple[Task, TrainConfig]:
+    contender = CASES[one.experiment][one.contender]
+    task = task_of((one.case,), one.seed, new_words=contender.new_words)
+    curve = one.experiment == "subjects" and one.seed == 0
+    return task, _config(contender, task, one.folder(work), work, curve=curve)
 
 
 def _spectrum(adapter: Any) -> dict[str, list[float]]:

@@ -20,16 +20,24 @@ from svdiff.pipelines import set_scheduler
 from svdiff.training.prior import class_pictures
 
 PICTURES = 6  # of each subject to learn from
+RARE = {"mushroom": "sks", "house": "sks", "lolly": "sks", "robot": "zwx", "fish": "zwx", "flower": "zwx"}
+"""The word for each subject: two that are paired have two."""
+
+
+def task_of(subjects: Sequence[str], seed: int, *, new_words: bool, apart: bool = False) -> Task:
+    """What is taught to all contenders, but for the words."""
+    return Task(tuple(subjects), seed, PICTURES, new_words, apart, tuple(RARE[subject] for subject in subjects))
 
 
 def config_of(task: Task, folder: Path, subjects: Sequence[str] | None = None, **settings: Any) -> TrainConfig:
     """How a task is taught, or some of its subjects: pictures are written into the folder.
 
-    `settings` are beside what all share.
+    `settings` are beside what all share; there is one initializer token for all new words.
     """
+    subjects = subjects or task.subjects
     prompts = task.class_prompts()
     concepts = []
-    for subject in subjects or task.subjects:
+    for subject in subjects:
         task.write_pictures(folder / subject, subject)
         name = f"a {task.token(subject)} {world.CLASS_NOUN}"
         concepts.append(
@@ -61,6 +69,9 @@ def config_of(task: Task, folder: Path, subjects: Sequence[str] | None = None, *
         "seed": task.seed,
         "report_to": "none",
     }
+    if task.new_words:
+        shared |= {"modifier_token": [task.token(subject) for subject in subjects]}
+        settings = settings | {"initializer_token": len(subjects) * [settings["initializer_token"]]}
     return TrainConfig(**{**shared, **settings})
 
 
@@ -133,7 +144,7 @@ def look(scene: world.Scene) -> tuple[str, str, str]:
 def prepare(work: Path, seeds: int, *, several: bool) -> None:
     """Draw the class pictures that all runs of a seed share, those that are missing."""
     for seed in range(seeds):
-        task = Task(("mushroom", "robot") if several else ("mushroom",), seed, PICTURES)
+        task = task_of(("mushroom", "robot") if several else ("mushroom",), seed, new_words=False)
         folder = class_images(work, task)
         if not folder.exists():
             partial = folder.with_name(f".{folder.name}.partial")
@@ -144,7 +155,7 @@ def prepare(work: Path, seeds: int, *, several: bool) -> None:
 
 def class_images(work: Path, task: Task) -> Path:
     """Where they are."""
-    return work / "class_images" / f"{'several' if len(task.subjects) > 1 else 'one'}_{task.seed}"
+    return work / "class_images" / f"{'several' if task.side_by_side else 'one'}_{task.seed}"
 
 
 def link_class_images(folder: Path, work: Path, task: Task) -> None:

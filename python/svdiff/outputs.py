@@ -74,7 +74,7 @@ def resumable_directory(
     earlier = target.with_name(f".{target.name}.earlier")
 
     def is_worth_keeping() -> bool:
-        return _has_ended(target) or keep(target)
+        return is_finished(target) or keep(target)
 
     def undo() -> None:
         failed = target.with_name(f".{target.name}.failed")
@@ -89,7 +89,7 @@ def resumable_directory(
     with writing(target):
         if earlier.exists() and not resume and not is_worth_keeping():
             undo()
-    begun = (target / RUN_FILE).exists() and not _has_ended(target)
+    begun = (target / RUN_FILE).exists() and not is_finished(target)
     if begun and not (resume or overwrite):
         raise SVDiffError(
             f"the output directory {target} holds a run that has not ended: pass --resume_from_checkpoint latest to go "
@@ -140,7 +140,7 @@ def write_run_file(directory: Path, command: str, config: dict[str, Any], **resu
         partial.replace(directory / RUN_FILE)
 
 
-def _has_ended(directory: Path) -> bool:
+def is_finished(directory: Path) -> bool:
     """Whether a directory holds a run that came to its end."""
     try:
         return bool(json.loads((directory / RUN_FILE).read_text(encoding="utf-8")).keys() - {"command", "config"})

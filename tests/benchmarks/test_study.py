@@ -66,13 +66,15 @@ def test_only_what_is_missing_is_made(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_every_setting_is_one_that_training_takes(tmp_path: Path) -> None:
     """Of all contenders of all experiments, without training."""
-    task = Task(("mushroom", "robot"), 0, 6, True)
     for name, known in subjects.CASES.items():
-        for contender in known.values():
-            check(subjects._config(contender, Task(("robot",), 0, 6), tmp_path / name, tmp_path, curve=True))
+        for contender in known:
+            check(subjects._asked(Run(name, contender, "robot", 0), tmp_path)[1])
     for way in pairs.WAYS.values():
-        some = task.subjects if way.together else task.subjects[:1]
-        check(pairs._config(way.contender, task, tmp_path / "pairs", 5, some))
+        if isinstance(way, pairs.Together):
+            task = teach.task_of(("mushroom", "robot"), 0, new_words=way.contender.new_words)
+            check(pairs._config(way.contender, task, tmp_path / "pairs"))
+        else:
+            assert way.contender in contenders.CONTENDERS
     for experiment, known in (("styles", contenders.STYLISTS), ("words", contenders.NAMERS)):
         for contender in known.values():
             run = Run(experiment, "", next(iter(_EXPERIMENTS[experiment].cases)), 0)
@@ -83,9 +85,10 @@ def test_every_setting_is_one_that_training_takes(tmp_path: Path) -> None:
             else:
                 check(words._config(contender, run, tmp_path / experiment, world.subject_scenes("robot")[:2]))
     assert set(pairs.LABELS) == {
-        f"{name}/{end}" if end else name for name, way in pairs.WAYS.items() for end in (way.ends or [""])
+        f"{name}/{end}" if end else name for name, way in pairs.WAYS.items() for end in _ends(way) or [""]
     }
-    assert all(shown in world.SUBJECTS for pair in pairs.PAIRS.values() for shown in pair) and len(pairs.PAIRS) >= 4
+    assert all(teach.RARE[a] != teach.RARE[b] for a, b in pairs.PAIRS.values()) and len(pairs.PAIRS) >= 4
+    assert contenders.ALREADY.keys() < contenders.LAYERS.keys() | contenders.RATES.keys()
     assert len(subjects.SUBJECTS) >= 6 and len(styles.TAUGHT) >= 3 and len(editing.ATTRIBUTES) == 3
 
 
@@ -147,7 +150,7 @@ def test_the_page_has_every_table_and_plot(tmp_path: Path) -> None:
         Results(results, "styles").add(Run("styles", contender, "bars", 0), figures)
     for name, one in pairs.WAYS.items():
         both = {"both_in_place": 0.5, "both_elsewhere": 0.4, "agreeing": 0.6, "unchanged": 0.8}
-        ends = {"ends": {end: both for end in one.ends}} if one.ends else both
+        ends = {"ends": {end: both for end in _ends(one)}} if _ends(one) else both
         Results(results, "pairs").add(Run("pairs", name, "robot+lolly", 0), {**ends, "commit": "abc"})
     marks = {"changed": 0.5, "place and ground": 0.4, "both": 0.3, "rest": 0.2}
     for name in contenders.EDITORS:
@@ -180,7 +183,7 @@ def test_a_run_of_each_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(subjects, "_FEWER_PROMPTS", 2)
     monkeypatch.setattr(subjects, "_SCALES", (0.0, 1.0))
     for module in (styles, words, pairs):
-        for name, value in (("_JUDGED", 4), ("_OTHERS", 4), ("_PROMPTS", 4), ("TOGETHER", 2), ("APART", 2)):
+        for name, value in (("_JUDGED", 4), ("_OTHERS", 4), ("_PROMPTS", 4), ("_ROUNDS", 1), ("TOGETHER", 2)):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(editing, "_PICTURES", 1)
@@ -196,15 +199,19 @@ def test_a_run_of_each_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for experiment, contender, case in (
         ("subjects", "shifts", "robot"), ("subjects", "custom", "robot"), ("styles", "svd_inst", "bars"),
         ("words", "inversion", "purple star"), ("pairs", "unmix", "robot+lolly"),
-        ("pairs", "custom_apart", "robot+lolly"), ("cost", "lora4", "robot"), ("editing", "none", "color"),
+        ("pairs", "mergeable_apart", "robot+lolly"), ("cost", "lora4", "robot"), ("editing", "none", "color"),
     ):  # fmt: skip
         run = Run(experiment, contender, case, 0)
         figures = _EXPERIMENTS[experiment].run(run, tmp_path)
         Results(tmp_path / "results", experiment).add(run, {**figures, "commit": "abc"})
         assert json.loads(json.dumps({**asdict(run), **figures}))
-    found = Results(tmp_path / "results", "pairs").of("custom_apart")[0]["ends"]["merged"]
+    found = Results(tmp_path / "results", "pairs").of("mergeable_apart")[0]["ends"]["merged"]
     assert found["merge_seconds"] < 2 and found["text_drift"] < found["text_drift_added"]
     page.write(tmp_path / "results", tmp_path / "study.md", tmp_path / "images")
+
+
+def _ends(way: pairs.Together | pairs.Apart) -> list[str]:
+    return list(way.ends) if isinstance(way, pairs.Apart) else []
 
 
 def _rendered(config: TrainConfig, task: Task, folder: Path) -> None:

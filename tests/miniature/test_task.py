@@ -11,9 +11,10 @@ from svdiff.miniature import recogniser, world
 from svdiff.miniature.task import Task, agreeing, both_in_place, recognised
 
 ONE, TWO = Task(("mushroom",), pictures=6), Task(("mushroom", "robot"), pictures=6)
+APART = Task(("mushroom", "robot"), pictures=6, new_words=True, apart=True, rare=("zwx", "sks"))
 
 
-@pytest.mark.parametrize("task", [ONE, TWO], ids=["one", "two"])
+@pytest.mark.parametrize("task", [ONE, TWO, APART], ids=["one", "two", "apart"])
 def test_pictures_show_what_their_captions_say(task: Task, tmp_path: Path) -> None:
     for subject in task.subjects:
         images = task.write_pictures(tmp_path / subject, subject)
@@ -29,7 +30,7 @@ def test_pictures_show_what_their_captions_say(task: Task, tmp_path: Path) -> No
             assert line["phrase"] == f"a {size} {task.token(subject)} toy"
 
 
-@pytest.mark.parametrize("task", [ONE, TWO], ids=["one", "two"])
+@pytest.mark.parametrize("task", [ONE, TWO, APART], ids=["one", "two", "apart"])
 def test_new_scenes_are_of_no_picture(task: Task, tmp_path: Path) -> None:
     shown = set()
     for subject in task.subjects:
@@ -61,6 +62,16 @@ def test_prior_prompts_leave_the_subjects_out() -> None:
         assert not any(token in prompt.split() for prompt in prompts for token in world.RARE_TOKENS)
     of_toys = [prompt for prompt in TWO.class_prompts() if world.CLASS_NOUN in prompt]
     assert len(of_toys) == 72 and all(prompt.endswith("gray background") for prompt in of_toys)  # as the pictures are
+
+
+def test_subjects_apart_are_taught_as_by_themselves(tmp_path: Path) -> None:
+    """But for the words."""
+    alone = Task(("robot",), pictures=6, new_words=True, rare=("sks",))
+    for task, folder in ((APART, tmp_path / "apart"), (alone, tmp_path / "alone")):
+        task.write_pictures(folder, "robot")
+    written = [(tmp_path / name / "metadata.jsonl").read_text() for name in ("apart", "alone")]
+    assert written[0] == written[1] and APART.examples("robot") == alone.examples("robot")
+    assert APART.class_prompts() == ONE.class_prompts() and APART.token("mushroom") == "<zwx>"
 
 
 def test_marks() -> None:

@@ -34,7 +34,7 @@ EXAMPLES = (
 model may draw a small one there, but hardly the other way round. Six show every size at every position."""
 
 _GROUND = "gray"
-"""Of several subjects, which are put side by side: no caption could tell of two grounds."""
+"""Of subjects that are put side by side: no caption could tell of two grounds."""
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,20 @@ class Task:
         seed: of everything that chance decides here.
         pictures: of each subject to learn from, up to six.
         new_words: whether a subject is called by a word that is new to the tokenizer, not by a rare one.
+        apart: whether several subjects are taught each by itself, and so on every ground.
+        rare: the words that stand for the subjects, or that theirs are made of.
     """
 
     subjects: tuple[str, ...]
     seed: int = 0
     pictures: int = 4
     new_words: bool = False
+    apart: bool = False
+    rare: tuple[str, ...] = world.RARE_TOKENS
 
     def token(self, subject: str) -> str:
         """The word that stands for a subject."""
-        rare = world.RARE_TOKENS[self.subjects.index(subject)]
+        rare = self.rare[self.subjects.index(subject)]
         return f"<{rare}>" if self.new_words else rare
 
     def write_pictures(self, folder: Path, subject: str) -> list[Image]:
@@ -112,11 +116,11 @@ class Task:
             f"a {size} {world.CLASS_NOUN} {world.place(position)}, {background} background"
             for position in world.POSITIONS
             for size in world.SIZES
-            for background in ([_GROUND] if self._several else world.BACKGROUNDS)
+            for background in ([_GROUND] if self.side_by_side else world.BACKGROUNDS)
         ]
-        if self._several:
+        if self.side_by_side:
             toys *= 12  # of which mixtures are made, and so not of too few
-        scenes = [world.sample_scene(rng, None if self._several else 1) for _ in range(_CLASS_PICTURES - len(toys))]
+        scenes = [world.sample_scene(rng, None if self.side_by_side else 1) for _ in range(_CLASS_PICTURES - len(toys))]
         return toys + [world.caption(scene) for scene in scenes]
 
     def draw(self, pipeline: StableDiffusionPipeline, prompts: Sequence[str]) -> list[Image]:
@@ -124,14 +128,15 @@ class Task:
         return draw(pipeline, prompts, 1000 * (self.seed + 1))
 
     @property
-    def _several(self) -> bool:
-        return len(self.subjects) > 1
+    def side_by_side(self) -> bool:
+        """Whether pictures are to show several subjects together."""
+        return len(self.subjects) > 1 and not self.apart
 
     def _split(self, subject: str) -> tuple[list[world.Scene], list[world.Scene]]:
         """The scenes to learn from, and the others."""
         scenes = world.subject_scenes(subject)
         by_look = {(s.items[0].position, s.items[0].size, s.background): s for s in scenes}
-        examples = [by_look[p, z, _GROUND if self._several else g] for p, z, g in EXAMPLES[: self.pictures]]
+        examples = [by_look[p, z, _GROUND if self.side_by_side else g] for p, z, g in EXAMPLES[: self.pictures]]
         return examples, [scene for scene in scenes if scene not in examples]
 
 
