@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from . import contenders, cost, editing, page, pairs, styles, subjects, words
-from .runs import Figures, Run, all_of, commit, make_missing
+from .runs import Figures, Run, all_of, make_missing
 from .teach import prepare
 
 _SEEDS = 3
@@ -33,7 +32,7 @@ _EXPERIMENTS = {
     "words": _Experiment(contenders.NAMERS, list(words.THINGS), words.run),
     "styles": _Experiment(contenders.STYLISTS, list(styles.ALL), styles.run),
     "pairs": _Experiment(pairs.WAYS, list(pairs.PAIRS), pairs.run),
-    "layers": _Experiment(_not_yet(contenders.LAYERS), ("mushroom", "robot"), subjects.run),
+    "layers": _Experiment(_not_yet(contenders.LAYERS), ("robot",), subjects.run),
     "rates": _Experiment(_not_yet(contenders.RATES), ("robot",), subjects.run),
     "editing": _Experiment(contenders.EDITORS, editing.ATTRIBUTES, editing.run),
     "cost": _Experiment(contenders.CONTENDERS, ("robot",), cost.run),
@@ -53,15 +52,9 @@ def main() -> int:
     parser.add_argument("--contenders", nargs="+", help="of these experiments; default: all")
     parser.add_argument("--seeds", type=int, default=_SEEDS, help="default %(default)s")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time; default %(default)s")
-    parser.add_argument("--run", nargs=4, help=argparse.SUPPRESS)  # in the child
     options = parser.parse_args()
-    if options.run:
-        experiment, contender, case, seed = options.run
-        figures = _EXPERIMENTS[experiment].run(Run(experiment, contender, case, int(seed)), options.work)
-        print(json.dumps({**figures, "commit": commit()}))
-        return 0
     if options.page_only:
-        page.write(options.results, options.page, options.images)
+        page.write(options.results, options.page, options.images, options.work)
         return 0
     for several in (False, True):
         prepare(options.work, options.seeds, several=several)
@@ -71,9 +64,10 @@ def main() -> int:
         runs += all_of(name, options.contenders or known.contenders, known.cases, options.seeds)
     runs.sort(key=lambda run: run.seed)  # what is stopped has whole seeds
     alone = [run for run in runs if run.experiment == "cost"]
-    make_missing([run for run in runs if run not in alone], options.results, options.work, jobs=options.jobs)
-    make_missing(alone, options.results, options.work, jobs=1)
-    page.write(options.results, options.page, options.images)
+    how = {name: known.run for name, known in _EXPERIMENTS.items()}
+    make_missing([run for run in runs if run not in alone], how, options.results, options.work, jobs=options.jobs)
+    make_missing(alone, how, options.results, options.work, jobs=1)
+    page.write(options.results, options.page, options.images, options.work)
     return 0
 
 

@@ -16,7 +16,7 @@ from .contenders import EDITORS
 from .runs import Figures, Run
 from .teach import trained
 
-_PICTURES = 9  # a third of them of colour, of shape and of size
+_PICTURES = 6
 ATTRIBUTES = ("color", "shape", "size")
 STARTS: dict[str, dict[str, Any]] = {
     "noise": {"start_from": "noise"},

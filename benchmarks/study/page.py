@@ -13,6 +13,8 @@ from svdiff.evaluation import estimate
 from svdiff.evaluation.metrics import mean
 
 from . import contenders, pairs, papers, plots, styles, subjects
+from .advice import in_short
+from .claims import CLAIMS, verdict
 from .runs import Figures, Results
 
 Cell = Callable[[Sequence[float]], str]
@@ -40,6 +42,12 @@ def count(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):,.0f}"
 
 
+def _span(results: Results) -> str:
+    """Which seeds there are."""
+    seeds = sorted({run.seed for run in results.runs})
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+
+
 def table(rows: Mapping[str, Sequence[Figures]], columns: Columns) -> str:
     """Markdown: a row for each label, a column for each figure ``name: (title, how to say it)``; a dash for none."""
     lines = [["", *(title for title, _ in columns.values())], ["---"] * (len(columns) + 1)]
@@ -59,8 +67,10 @@ def _with_interval(values: Sequence[float], said: Callable[[float], str], unit: 
     return f"{said(found.value)}{unit} ({said(found.low)} to {said(found.high)})"
 
 
-def write(results: Path, page: Path, images: Path) -> None:
-    """Write the page and its plots from the results there are.
+def write(results: Path, page: Path, images: Path, work: Path) -> None:
+    """Write the page and its plots from the results there are, and galleries from the pictures.
+
+    Where pictures are no longer there, as in a fresh clone, earlier galleries stay.
 
     Raises:
         SystemExit: there are no results of subjects, which every other table leans on.
@@ -70,11 +80,13 @@ def write(results: Path, page: Path, images: Path) -> None:
         raise SystemExit(f"no results in {results}: run python -m benchmarks.study first")
     for name, plot in plots.PLOTS.items():
         plot(found["subjects"], images / f"{name}.png")
-    parts = [_head(found.values())]
+    plots.subjects_gallery(found["subjects"], work, images / "subjects.png")
+    plots.styles_gallery(found["styles"], work, images / "styles.png")
+    parts = [_head(found.values()), in_short(found)]
     for name, section in _SECTIONS.items():
         if found[name].runs:
             parts.append(section(found, _relative(images, page.parent)))
-    parts.append(_papers(found))
+    parts += [_claims(found), _papers(found)]
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n\n".join(parts) + "\n")
 
@@ -106,7 +118,8 @@ def _subjects(found: Mapping[str, Results], images: str) -> str:
     return f"""## One subject
 
 Six pictures, {subjects.STEPS} steps of {subjects.BATCH} samples and as many of the class,
-{len(found["subjects"].cases())} subjects that the base has never seen, learning rates: see below; new prompts.
+{len(found["subjects"].cases())} subjects that the base has never seen, {_span(found["subjects"])}; rates: see below.
+Asked are new prompts.
 
 {
         table(
@@ -136,6 +149,8 @@ Six pictures, {subjects.STEPS} steps of {subjects.BATCH} samples and as many of 
         )
     }
 
+![The same prompt, drawn by each contender: one picture a subject]({images}/subjects.png)
+
 ![Text against image alignment, a dot a run, a large one the mean]({images}/alignment.png)
 
 ![Over steps]({images}/drift.png)
@@ -158,7 +173,8 @@ def _words(found: Mapping[str, Results], images: str) -> str:
     }
     return f"""## A word for what the base can draw
 
-A plain object (a purple star, a green heart, an orange cross) that captions call by a new word only.
+A plain object (a purple star, a green heart, an orange cross) that captions call by a new word only;
+{_span(found["words"])}.
 
 {table(_rows(found["words"], contenders.NAMERS), columns)}"""
 
@@ -188,7 +204,9 @@ def _styles(found: Mapping[str, Results], images: str) -> str:
     tables = "\n\n".join(parts)
     return f"""## A style
 
-Two dozen pictures in a style; other pictures are drawn anew in it, image to image.
+Two dozen pictures in a style; other pictures are drawn anew in it, image to image; {_span(found["styles"])}.
+
+![The same picture, drawn anew by each contender in every style]({images}/styles.png)
 
 {tables}"""
 
@@ -199,6 +217,7 @@ def _pairs(found: Mapping[str, Results], images: str) -> str:
         for run in found["pairs"].of(name):
             for end, figures in run.get("ends", {"": run}).items():
                 rows.setdefault(pairs.LABELS[f"{name}/{end}" if end else name], []).append(figures)
+    merged = {label: runs for label, runs in rows.items() if any("merge_seconds" in run for run in runs)}
     columns: Columns = {
         "both_in_place": ("both, each in its place", percent),
         "both_elsewhere": ("on grounds never taught", percent),
@@ -206,6 +225,8 @@ def _pairs(found: Mapping[str, Results], images: str) -> str:
         "agreeing": ("one alone, all as asked", percent),
         "worse": ("the worse of the two", percent),
         "unchanged": ("other prompts right", percent),
+    }
+    answers: Columns = {
         "merge_seconds": ("s to merge", number),
         "target_error": ("words missed", number),
         "text_drift": ("drift of captions", number),
@@ -214,10 +235,14 @@ def _pairs(found: Mapping[str, Results], images: str) -> str:
     }
     return f"""## Two subjects
 
-{len(found["pairs"].cases())} pairs, taught together or apart. Words missed and drift are of the answers of keys and
-values, relative.
+{len(found["pairs"].cases())} pairs, taught together or apart, {_span(found["pairs"])}.
 
-{table(rows, columns)}"""
+{table(rows, columns)}
+
+What is merged in closed form, by the answers of keys and values: of the words of the two how much is missed, and how
+far captions of other things have moved, both relative; and the same of the plain sum of changes.
+
+{table(merged, answers)}"""
 
 
 def _layers(found: Mapping[str, Results], images: str) -> str:
@@ -229,6 +254,9 @@ def _layers(found: Mapping[str, Results], images: str) -> str:
     }
     return f"""## Some layers only
 
+Spectral shifts of some layers of the UNet, and of the text encoder but in one row;
+{len(found["layers"].cases())} subjects, {_span(found["layers"])}.
+
 {table(_rows_with_the_first(found, "layers", contenders.LAYERS), columns)}"""
 
 
@@ -239,6 +267,8 @@ def _rates(found: Mapping[str, Results], images: str) -> str:
         "unchanged": ("other prompts right", percent),
     }
     return f"""## Learning rates
+
+One subject, {_span(found["rates"])}.
 
 {table(_rows_with_the_first(found, "rates", contenders.RATES), columns)}"""
 
@@ -258,7 +288,24 @@ def _editing(found: Mapping[str, Results], images: str) -> str:
     }
     return f"""## One picture, changed by words
 
+Each picture is learnt by itself; then its colour, shape or size is asked for anew, {_span(found["editing"])}.
+
 {table(dict(sorted(rows.items())), columns)}"""
+
+
+def _claims(found: Mapping[str, Results]) -> str:
+    lines = [["whose", "claim", "ahead by", "runs", "here"], ["---"] * 5]
+    for claim in CLAIMS:
+        leads = claim.leads(found)
+        ahead = _with_interval(leads, lambda value: f"{value:.3g}") if leads else "-"
+        lines.append([claim.source, claim.text, ahead, f"{len(leads)}", verdict(leads)])
+    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"""## What is claimed, and what agrees
+
+Runs are compared in pairs, each with the same subjects, pictures, prompts and noise. A claim holds, or does not, where
+the 95 % interval of the mean lead (bootstrap over runs) is on one side of 0.
+
+{rows}"""
 
 
 def _papers(found: Mapping[str, Results]) -> str:

@@ -24,9 +24,9 @@ from .subjects import BATCH, learnt
 from .teach import config_of, link_class_images, look, task_of, trained
 
 TOGETHER = 800
-_PROMPTS = 64
+_PROMPTS = 32
 _CAPTION_WEIGHT = 0.1
-_ROUNDS = 3  # of each of the scenes that no picture showed
+_ROUNDS = 2  # of each of the scenes that no picture showed
 PAIRS = {
     "mushroom+robot": ("mushroom", "robot"),
     "house+fish": ("house", "fish"),

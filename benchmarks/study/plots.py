@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import PercentFormatter
+from PIL.Image import open as open_image
+from svdiff.miniature import world
 
-from .contenders import CONTENDERS
-from .runs import Results
-from .subjects import kind_of
+from .contenders import CONTENDERS, STYLISTS
+from .runs import Results, Run
+from .subjects import cut, kind_of
 
 _COLORS = dict(zip(CONTENDERS, plt.colormaps["tab10"].colors, strict=False))
 
@@ -118,6 +120,56 @@ def places(found: Results, path: Path) -> None:
             color = "black" if math.isnan(value) or value > 0.6 * brightest else "white"
             ax.text(j, i, text, ha="center", va="center", fontsize=8, color=color)
     figure.colorbar(shown, ax=ax, label="|W - W0| / |W0|")
+    _save(figure, path)
+
+
+def subjects_gallery(found: Results, work: Path, path: Path) -> None:
+    """What each contender draws of each subject: the first prompt of the first seed."""
+    cases = sorted(found.cases())
+    sheets = {
+        contender.label: [Run("subjects", name, case, 0).folder(work) / "subject.png" for case in cases]
+        for name, contender in CONTENDERS.items()
+        if found.of(name)
+    }
+    _gallery({label: [(file, 0) for file in files] for label, files in sheets.items()}, cases, path)
+
+
+def styles_gallery(found: Results, work: Path, path: Path) -> None:
+    """A picture, and how each contender draws it anew; sheets have eight pictures and then eight drawings."""
+    cases = sorted(found.cases())
+    sheets = {
+        contender.label if contender else "not learnt": [
+            Run("styles", name, case, 0).folder(work) / "plain.png" for case in cases
+        ]
+        for name, contender in STYLISTS.items()
+        if found.of(name)
+    }
+    if not sheets:
+        return
+    rows = {"the picture": [(file, 0) for file in next(iter(sheets.values()))]}
+    _gallery(rows | {label: [(file, 8) for file in files] for label, files in sheets.items()}, cases, path)
+
+
+def _gallery(rows: Mapping[str, Sequence[tuple[Path, int]]], columns: Sequence[str], path: Path) -> None:
+    """A picture of a sheet for each row and column, if the sheets are there: they are kept as pictures, not results."""
+    if not all(file.exists() for row in rows.values() for file, _ in row):
+        return
+    figure, axes = plt.subplots(
+        len(rows), len(columns), figsize=(0.85 * len(columns) + 1.9, 0.85 * len(rows) + 0.3), squeeze=False
+    )
+    for (label, row), line in zip(rows.items(), axes, strict=True):
+        for (file, index), ax in zip(row, line, strict=True):
+            with open_image(file) as sheet:
+                ax.imshow(cut(sheet.convert("RGB"), world.IMAGE_SIZE)[index])
+            ax.set_xticks([])
+            ax.set_yticks([])
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
+    for name, ax in zip(columns, axes[0], strict=True):
+        ax.set_title(name, fontsize=8)
+    figure.subplots_adjust(
+        left=1.8 / figure.get_figwidth(), right=0.995, top=1 - 0.25 / figure.get_figheight(), bottom=0.01
+    )
+    figure.subplots_adjust(wspace=0.05, hspace=0.05)
     _save(figure, path)
 
 

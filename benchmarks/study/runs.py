@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 
 Figures = dict[str, Any]
@@ -64,8 +67,17 @@ class Results:
         return [f for r, f in sorted(self.runs.items()) if r.contender == contender and case in (None, r.case)]
 
 
-def make_missing(runs: Sequence[Run], results: Path, work: Path, *, jobs: int) -> None:
+def make_missing(
+    runs: Sequence[Run], how: Mapping[str, Callable[[Run, Path], Figures]], results: Path, work: Path, *, jobs: int
+) -> None:
     """Run what has no figures yet, so many at a time, each on its share of the cores.
+
+    Args:
+        runs: what there is to do.
+        how: by experiment, a function that can be pickled.
+        results: where figures are kept.
+        work: for pictures and logs.
+        jobs: runs at a time.
 
     Raises:
         SystemExit: some failed; what the others have found is kept.
@@ -74,27 +86,32 @@ def make_missing(runs: Sequence[Run], results: Path, work: Path, *, jobs: int) -
     missing = [run for run in runs if run not in known[run.experiment].runs]
     failed: list[Run] = []
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    with ThreadPoolExecutor(jobs) as pool:
-        running = {pool.submit(_in_a_child, run, work, threads): run for run in missing}
+    context = multiprocessing.get_context("forkserver")  # a process each, without the seconds that imports take
+    context.set_forkserver_preload([*{function.__module__ for function in how.values()}])
+    with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
+        running = {pool.submit(_in_a_child, how[run.experiment], run, work, threads): run for run in missing}
         for done in tqdm(as_completed(running), desc="runs", total=len(missing)):
             run = running[done]
             try:
                 known[run.experiment].add(run, done.result())
-            except subprocess.CalledProcessError:
+            except Exception:  # which the log tells
                 failed.append(run)
     if failed:
         raise SystemExit("\n".join(f"failed: {run.folder(work) / 'log.txt'}" for run in failed))
 
 
-def _in_a_child(run: Run, work: Path, threads: int) -> Figures:
-    command = [sys.executable, "-m", "benchmarks.study", "--work", str(work), "--run", *map(str, asdict(run).values())]
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+def _in_a_child(function: Callable[[Run, Path], Figures], run: Run, work: Path, threads: int) -> Figures:
     log = run.folder(work) / "log.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as told:
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=told, text=True, env=environment)
-    figures: Figures = json.loads(done.stdout.splitlines()[-1])
-    return figures
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(told.fileno(), stream.fileno())
+        torch.set_num_threads(threads)
+        try:
+            return {**function(run, work), "commit": commit()}
+        except BaseException:
+            traceback.print_exc(file=told)
+            raise
 
 
 def _parsed(line: str) -> tuple[Run, Figures]:

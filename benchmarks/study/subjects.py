@@ -33,7 +33,7 @@ STEPS, BATCH = 500, 4
 _PROMPTS = 64
 _TOYS = 24
 _FEWER_PROMPTS = 16  # where there are many models to be judged
-_CURVE_POINTS = 4
+_CURVES, _CURVE_POINTS = 2, 4  # subjects whose course is looked at
 _GROUPS = 16
 _COLUMNS = 8
 _SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
@@ -78,15 +78,16 @@ def learnt(contender: str, subject: str, seed: int, work: Path) -> Path:
     folder = one.folder(work)
     with FileLock(folder.with_name(f"{folder.name}.lock")):
         _, config = _asked(one, work)
-        if not is_finished(config.output_dir):
+        learnt_in = Path(config.output_dir)
+        if not is_finished(learnt_in):
             svdiff.train(config)
-    return Path(config.output_dir)
+    return learnt_in
 
 
 def _asked(one: Run, work: Path) -> tuple[Task, TrainConfig]:
     contender = CASES[one.experiment][one.contender]
     task = task_of((one.case,), one.seed, new_words=contender.new_words)
-    curve = one.experiment == "subjects" and one.seed == 0
+    curve = one.experiment == "subjects" and one.seed == 0 and one.case in SUBJECTS[:_CURVES]
     return task, _config(contender, task, one.folder(work), work, curve=curve)
 
 

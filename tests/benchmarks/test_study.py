@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import pytest
 from svdiff import TrainConfig
 from svdiff.miniature import world
 from svdiff.miniature.task import Task
+from svdiff.sampling import grid, save_picture
 from svdiff.training.config import check
 
 from benchmarks.study import contenders, editing, page, pairs, styles, subjects, teach, words
@@ -43,25 +44,26 @@ def test_results_are_kept_sorted_and_read_again(tmp_path: Path) -> None:
     assert again.of("shifts", "robot") == [] and again.cases() == {"mushroom", "robot"}
 
 
-def test_only_what_is_missing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_is_missing_is_made(tmp_path: Path) -> None:
     """And what fails is told, after the others have been kept."""
     runs = all_of("subjects", ["shifts", "lora4"], ["mushroom"], 2)
     assert [(run.contender, run.seed) for run in runs] == [("shifts", 0), ("lora4", 0), ("shifts", 1), ("lora4", 1)]
     Results(tmp_path, "subjects").add(runs[0], FIGURES)
-    asked = []
+    with pytest.raises(SystemExit, match=r"failed: .*lora4.mushroom_0.log.txt$"):
+        make_missing(runs, {"subjects": _recorded}, tmp_path, tmp_path / "work", jobs=2)
+    found = Results(tmp_path, "subjects").runs
+    assert found.keys() == {runs[0], runs[2], runs[3]} and found[runs[0]] == FIGURES
+    assert found[runs[2]]["recognised"] == 1.0 and found[runs[2]]["commit"]
+    assert found[runs[2]]["process"] != found[runs[3]]["process"]  # each has its memory, and its peak, for itself
+    assert "it does not want to" in (runs[1].folder(tmp_path / "work") / "log.txt").read_text()
+    assert "a word" in (runs[2].folder(tmp_path / "work") / "log.txt").read_text()
 
-    def child(command: list[str], **_: Any) -> Any:
-        run = Run(*command[-4:-1], int(command[-1]))
-        asked.append(run)
-        if run == runs[1]:
-            raise subprocess.CalledProcessError(1, command)
-        return subprocess.CompletedProcess(command, 0, stdout='noise\n{"recognised": 1.0}\n')
 
-    monkeypatch.setattr(subprocess, "run", child)
-    with pytest.raises(SystemExit, match=r"failed: .*lora4.mushroom_0.log.txt"):
-        make_missing(runs, tmp_path, tmp_path / "work", jobs=1)
-    assert asked == runs[1:]
-    assert Results(tmp_path, "subjects").runs.keys() == {runs[0], runs[2], runs[3]}
+def _recorded(run: Run, work: Path) -> dict[str, Any]:
+    print("a word")
+    if run == Run("subjects", "lora4", "mushroom", 0):
+        raise ValueError("it does not want to")
+    return {"recognised": 1.0, "process": os.getpid()}
 
 
 def test_every_setting_is_one_that_training_takes(tmp_path: Path) -> None:
@@ -109,8 +111,6 @@ def test_marks_of_pictures_that_are_known() -> None:
 
 
 def test_pictures_of_a_grid_come_apart() -> None:
-    from svdiff.sampling import grid
-
     images = [world.render(scene) for scene in world.subject_scenes("robot")[:6]]
     found = subjects.cut(grid(images, 4), world.IMAGE_SIZE)
     assert [one.tobytes() for one in found[:6]] == [one.tobytes() for one in images]
@@ -156,22 +156,27 @@ def test_the_page_has_every_table_and_plot(tmp_path: Path) -> None:
     for name in contenders.EDITORS:
         edits = {"starts": {start: marks for start in editing.STARTS}, "commit": "abc"}
         Results(results, "editing").add(Run("editing", name, "color", 0), edits)
+    work = tmp_path / "work"
+    for run in Results(results, "styles").runs:
+        run.folder(work).mkdir(parents=True)
+        save_picture(grid(16 * [world.render(world.subject_scenes("robot")[0])], 8), run.folder(work) / "plain.png")
     written = tmp_path / "docs" / "study.md"
-    page.write(results, written, tmp_path / "docs" / "images" / "study")
+    page.write(results, written, tmp_path / "docs" / "images" / "study", work)
     text = written.read_text()
     known = [*contenders.CONTENDERS.values(), *contenders.LAYERS.values(), *filter(None, contenders.STYLISTS.values())]
     for label in [*(one.label for one in known), *pairs.LABELS.values(), "CycleGAN", "not learnt, from noise"]:
         assert f"| {label} |" in text
     assert "| 20.96" not in text and "| 21 |" in text  # theirs, in three digits
     assert "50 % (50 to 50)" in text and "0.11 MB" in text and "commits abc" in text
-    for image in ("alignment", "drift", "scales", "spectrum", "places"):
+    assert not (tmp_path / "docs" / "images" / "study" / "subjects.png").exists()  # of which there are no pictures
+    for image in ("alignment", "drift", "scales", "spectrum", "places", "styles"):
         assert f"(images/study/{image}.png)" in text
         assert (tmp_path / "docs" / "images" / "study" / f"{image}.png").stat().st_size > 5000
 
 
 def test_a_page_of_nothing_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"run python -m benchmarks\.study first"):
-        page.write(tmp_path, tmp_path / "study.md", tmp_path)
+        page.write(tmp_path, tmp_path / "study.md", tmp_path, tmp_path)
 
 
 @pytest.mark.slow
@@ -207,7 +212,7 @@ def test_a_run_of_each_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert json.loads(json.dumps({**asdict(run), **figures}))
     found = Results(tmp_path / "results", "pairs").of("mergeable_apart")[0]["ends"]["merged"]
     assert found["merge_seconds"] < 2 and found["text_drift"] < found["text_drift_added"]
-    page.write(tmp_path / "results", tmp_path / "study.md", tmp_path / "images")
+    page.write(tmp_path / "results", tmp_path / "study.md", tmp_path / "images", tmp_path)
 
 
 def _ends(way: pairs.Together | pairs.Apart) -> list[str]:
