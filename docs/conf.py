@@ -57,6 +57,7 @@ examples/trainer/README
 examples/cpp/README
 examples/serve/README
 docs/performance
+docs/study
 ```
 
 ```{toctree}

@@ -159,6 +159,8 @@ Where the change sits, and where in the spectrum:
 
 ![Relative change of weights by kind of layer]({images}/places.png)
 
+![How much each layer has changed]({images}/layers.png)
+
 ![How far singular values move]({images}/spectrum.png)
 
 ![What the weight of the shifts does]({images}/scales.png)"""

@@ -12,14 +12,20 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.ticker import PercentFormatter
 from PIL.Image import open as open_image
 from svdiff.miniature import world
 
 from .contenders import CONTENDERS, STYLISTS
 from .runs import Results, Run
-from .subjects import cut, kind_of
+from .subjects import KINDS, cut, kind_of
 
+_KINDS = dict(zip(KINDS, plt.colormaps["tab10"].colors, strict=False))
+_BLOCKS = (
+    *("text in", "text 0", "text 1", "text 2", "text out", "in", "down 0", "down 1", "down 2"),
+    *("mid", "up 0", "up 1", "up 2", "out"),
+)
 _COLORS = dict(zip(CONTENDERS, plt.colormaps["tab10"].colors, strict=False))
 
 
@@ -103,7 +109,7 @@ def places(found: Results, path: Path) -> None:
     for name in names:
         kinds: dict[str, list[float]] = {}
         for run in found.of(name):
-            for layer, change in run["changes"].items():
+            for layer, change in run.get("changes", {}).items():
                 kinds.setdefault(kind_of(layer), []).append(change)
         for kind, changes in kinds.items():
             rows.setdefault(kind, {})[name] = math.sqrt(statistics.fmean(c * c for c in changes))
@@ -121,6 +127,41 @@ def places(found: Results, path: Path) -> None:
             ax.text(j, i, text, ha="center", va="center", fontsize=8, color=color)
     figure.colorbar(shown, ax=ax, label="|W - W0| / |W0|")
     _save(figure, path)
+
+
+def layers(found: Results, path: Path) -> None:
+    """How much each layer has changed, a dot a layer, in the order in which a picture goes through them."""
+    shown = [name for name in ("shifts", "lora16", "full") if found.of(name)]
+    figure, axes = plt.subplots(len(shown), 1, figsize=(7.6, 2.2 * len(shown)), sharex=True, layout="constrained")
+    for ax, name in zip(np.atleast_1d(axes), shown, strict=True):
+        changes: dict[str, list[float]] = {}
+        for run in found.of(name):
+            for layer, change in run.get("changes", {}).items():
+                changes.setdefault(layer, []).append(change)
+        for kind in sorted({kind_of(layer) for layer in changes}):
+            dots = [(_block_of(layer), statistics.fmean(c)) for layer, c in changes.items() if kind_of(layer) == kind]
+            beside = 0.7 * (KINDS.index(kind) / len(KINDS) - 0.5)  # so that kinds do not hide each other
+            across = [_BLOCKS.index(block) + beside for block, _ in dots]
+            ax.scatter(across, [change for _, change in dots], s=9, label=kind, color=_KINDS[kind])
+        ax.set_title(CONTENDERS[name].label, fontsize=9, loc="left")
+        ax.set_ylim(bottom=0)
+        ax.spines[["top", "right"]].set_visible(False)
+    last = np.atleast_1d(axes)[-1]
+    last.set_xticks(range(len(_BLOCKS)), _BLOCKS, rotation=45, fontsize=8)
+    figure.supylabel("|W - W0| / |W0|", fontsize=9)
+    figure.legend(
+        *np.atleast_1d(axes)[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False
+    )
+    _save(figure, path)
+
+
+def _block_of(layer: str) -> str:
+    part, *path = layer.split(".")
+    if part == "text_encoder":
+        return f"text {path[2]}" if path[0] == "encoder" else "text in" if path[0] == "embeddings" else "text out"
+    if path[0] in ("down_blocks", "up_blocks"):
+        return f"{path[0].removesuffix('_blocks')} {path[1]}"
+    return {"mid_block": "mid", "conv_in": "in", "time_embedding": "in"}.get(path[0], "out")
 
 
 def subjects_gallery(found: Results, work: Path, path: Path) -> None:
@@ -196,5 +237,6 @@ PLOTS = {
     "scales": scales,
     "spectrum": spectrum,
     "places": places,
+    "layers": layers,
 }
 """Of the experiment `subjects`, by the name of the file."""

@@ -54,17 +54,20 @@ def run(one: Run, work: Path) -> Figures:
         "steps": result.steps,
         "loss": result.loss,
         **_judged(pipeline, task, folder, _of_the_base(work, task)),
-        "changes": {name: float(f"{change:.3g}") for name, change in layer_changes(pipeline).items() if change},
     }
+    first = one.experiment == "subjects" and one.seed == 0
+    if first:
+        changes = layer_changes(pipeline).items()
+        figures["changes"] = {name: float(f"{change:.3g}") for name, change in changes if change}
     found = state.checkpoints(result.output_dir)
     if found:
         figures["curve"] = {state.load(path).step: _short(trained(config, path), task) for path in found}
-    if one.experiment == "subjects" and one.contender == "shifts":
+    if first and one.contender == "shifts":
         pipeline = load_pipeline()
         adapter = svdiff.load(pipeline, result.output_dir)
         figures["spectrum"] = _spectrum(adapter)
         figures["scales"] = {}
-        for scale in _SCALES if one.seed == 0 else ():
+        for scale in _SCALES:
             adapter.set_adapters("default", scale)
             figures["scales"][scale] = _short(pipeline, task)
     for path in [*found, result.output_dir / "pipeline"]:  # what is large, and told already
@@ -116,7 +119,7 @@ def cut(sheet: Image, side: int) -> list[Image]:
 
 
 def kind_of(path: str) -> str:
-    """What a layer is, for tables: `unet.` or `denoiser.` and `text_encoder.` paths."""
+    """Which of `KINDS` a layer is: of `unet.` or `denoiser.` and `text_encoder.` paths."""
     if path.startswith("text_encoder"):
         return "text encoder"
     if ".attn2.to_k" in path or ".attn2.to_v" in path:
@@ -130,6 +133,12 @@ def kind_of(path: str) -> str:
     if ".conv" in path or "conv_shortcut" in path or "samplers" in path:
         return "convolutions"
     return "norms" if "norm" in path else "others"
+
+
+KINDS = (
+    "cross-attention, K and V", "cross-attention, Q and out", "self-attention", "feed-forward", "convolutions",
+    "norms", "others", "text encoder",
+)  # fmt: skip
 
 
 def _short(pipeline: Any, task: Task) -> Figures:

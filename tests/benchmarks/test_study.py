@@ -130,7 +130,7 @@ def test_pictures_of_a_grid_come_apart() -> None:
     ],
 )
 def test_kinds_of_layers(path: str, kind: str) -> None:
-    assert subjects.kind_of(path) == kind
+    assert subjects.kind_of(path) == kind and kind in subjects.KINDS
 
 
 def test_the_page_has_every_table_and_plot(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_the_page_has_every_table_and_plot(tmp_path: Path) -> None:
     assert "| 20.96" not in text and "| 21 |" in text  # theirs, in three digits
     assert "50 % (50 to 50)" in text and "0.11 MB" in text and "commits abc" in text
     assert not (tmp_path / "docs" / "images" / "study" / "subjects.png").exists()  # of which there are no pictures
-    for image in ("alignment", "drift", "scales", "spectrum", "places", "styles"):
+    for image in ("alignment", "drift", "scales", "spectrum", "places", "layers", "styles"):
         assert f"(images/study/{image}.png)" in text
         assert (tmp_path / "docs" / "images" / "study" / f"{image}.png").stat().st_size > 5000
 
