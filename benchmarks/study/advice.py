@@ -6,8 +6,10 @@ import statistics
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from svdiff.miniature import world
+
 from . import contenders, pairs, styles
-from .claims import Found, figures_of, leads, verdict
+from .claims import AS_WELL, Found, figures_of, leads, verdict
 
 _KNOWS = 0.8  # of prompts, from which a subject counts as learnt
 _HALF = 0.5
@@ -32,15 +34,35 @@ def in_short(found: Found) -> str:
 
 
 def _subject(found: Found) -> Advice | None:
-    ours, theirs = (_mean(found, "subjects", name, "recognised") for name in ("shifts", "full"))
-    if ours is None or theirs is None:
+    rates, drifts, sizes = (
+        {name: _mean(found, "subjects", name, mark) for name in ("shifts", "full")}
+        for mark in ("recognised", "drift", "bytes")
+    )
+    if None in (*rates.values(), *drifts.values(), *sizes.values()):
         return None
-    drifts = _mean(found, "subjects", "shifts", "drift"), _mean(found, "subjects", "full", "drift")
-    wins = verdict(leads(found, "subjects", "shifts", "full", "recognised", margin=0.05)) == "holds"
+    loses = verdict(leads(found, "subjects", "full", "shifts", "recognised", margin=-AS_WELL)) == "holds"
     return Advice(
-        wins and ours >= _KNOWS,
-        f"a subject from a few pictures, as all weights would learn it: it is recognised in {ours:.0%} of new prompts, "
-        f"with all weights in {theirs:.0%}; other prompts drift by {drifts[0]:.3f} and {drifts[1]:.3f}.",
+        not loses and (rates["shifts"] or 0) >= _KNOWS,
+        f"a subject from a few pictures: it is recognised in {rates['shifts']:.0%} of new prompts, with all weights in "
+        f"{rates['full']:.0%}, of which {said_size(sizes['full'])} are kept and not {said_size(sizes['shifts'])}; "
+        f"other prompts drift by {drifts['shifts']:.3f} and {drifts['full']:.3f}.",
+    )
+
+
+def _class(found: Found) -> Advice | None:
+    rates = {
+        name: rate
+        for name in contenders.CONTENDERS
+        if (rate := _mean(found, "subjects", name, "leaked")) is not None
+        and (_mean(found, "subjects", name, "recognised") or 0) >= _KNOWS
+    }
+    if "shifts" not in rates:
+        return None
+    told = ", ".join(f"{contenders.CONTENDERS[name].label} {rates[name]:.0%}" for name in rates)
+    return Advice(
+        rates["shifts"] == min(rates.values()),
+        f'a class that stays what it was: "a {world.CLASS_NOUN}" shows the subject with {told}. Custom Diffusion '
+        "has a new word for it, the others have a rare one.",
     )
 
 
@@ -58,13 +80,13 @@ def _file(found: Found) -> Advice | None:
     next_best = min(others, key=others.__getitem__, default="shifts")
     if smallest == "shifts":
         return Advice(
-            True, f"many small files: {_kb(sizes['shifts'])} a subject, {_named(next_best, sizes)} comes next."
+            True, f"many small files: {said_size(sizes['shifts'])} a subject, {_named(next_best, sizes)} comes next."
         )
     rates = [_percent(found, "subjects", name, "recognised") for name in (smallest, "shifts")]
     return Advice(
         False,
         f"the smallest file of all: {_named(smallest, sizes)} recognises the subject in {rates[0]}, shifts with "
-        f"{_kb(sizes['shifts'])} in {rates[1]}.",
+        f"{said_size(sizes['shifts'])} in {rates[1]}.",
     )
 
 
@@ -93,7 +115,7 @@ def _style(found: Found) -> Advice | None:
         return None
     order = sorted(shares, key=shares.__getitem__, reverse=True)[:4]
     told = ", ".join(
-        f"{_stylist(name)} ({_kb(_mean(found, 'styles', name, 'bytes'))}) {shares[name]:.0%}" for name in order
+        f"{_stylist(name)} ({said_size(_mean(found, 'styles', name, 'bytes'))}) {shares[name]:.0%}" for name in order
     )
     others = [name for name in shares if name not in ("svd_inst", "shifts")]
     beaten = any(
@@ -142,13 +164,15 @@ def _word(found: Found) -> Advice | None:
     unknown = _mean(found, "subjects", "inversion", "recognised") or 0.0
     return Advice(
         (rates["inversion"] or 0) < _KNOWS,
-        f"a word for what the base can draw already: textual inversion needs {_kb(sizes['inversion'])} for "
-        f"{rates['inversion']:.0%}, shifts {_kb(sizes['shifts'])} for {rates['shifts']:.0%}. What the base cannot draw "
-        f"is not learnt so: {unknown:.0%} of the subjects.",
+        f"a word for what the base can draw already: textual inversion needs {said_size(sizes['inversion'])} for "
+        f"{rates['inversion']:.0%}, shifts {said_size(sizes['shifts'])} for {rates['shifts']:.0%}. What the base "
+        f"cannot draw is not learnt so: {unknown:.0%} of the subjects.",
     )
 
 
-_ALL: tuple[Callable[[Found], Advice | None], ...] = (_subject, _file, _style, _side_by_side, _merging, _word, _speed)
+_ALL: tuple[Callable[[Found], Advice | None], ...] = (
+    _subject, _file, _style, _side_by_side, _merging, _class, _word, _speed,
+)  # fmt: skip
 
 
 def _of_pairs(found: Found, names: Iterable[str], mark: str) -> dict[str, float]:
@@ -171,8 +195,10 @@ def _stylist(name: str) -> str:
 
 
 def _named(name: str, sizes: dict[str, float]) -> str:
-    return f"{contenders.CONTENDERS[name].label} ({_kb(sizes[name])})"
+    return f"{contenders.CONTENDERS[name].label} ({said_size(sizes[name])})"
 
 
-def _kb(size: float | None) -> str:
-    return f"{(size or 0) / 1e3:.1f} kB"
+def said_size(size: float | None) -> str:
+    """Bytes, as they are said."""
+    known = size or 0
+    return f"{known / 1e6:.2f} MB" if known >= 1e5 else f"{known / 1e3:.1f} kB"

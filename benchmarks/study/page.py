@@ -13,7 +13,7 @@ from svdiff.evaluation import estimate
 from svdiff.evaluation.metrics import mean
 
 from . import contenders, pairs, papers, plots, styles, subjects
-from .advice import in_short
+from .advice import in_short, said_size
 from .claims import CLAIMS, verdict
 from .runs import Figures, Results
 
@@ -28,13 +28,12 @@ def percent(values: Sequence[float]) -> str:
 
 def number(values: Sequence[float], digits: int = 2) -> str:
     """The mean, and its interval."""
-    return _with_interval(values, lambda value: f"{value:.{digits}f}")
+    return _with_interval(values, lambda value: f"{round(value, digits) + 0.0:.{digits}f}")  # no -0
 
 
 def size(values: Sequence[float]) -> str:
     """Bytes, which hardly vary."""
-    value = statistics.fmean(values)
-    return f"{value / 1e6:.2f} MB" if value >= 1e5 else f"{value / 1e3:.1f} kB"
+    return said_size(statistics.fmean(values))
 
 
 def count(values: Sequence[float]) -> str:
@@ -299,7 +298,7 @@ def _claims(found: Mapping[str, Results]) -> str:
     lines = [["whose", "claim", "ahead by", "runs", "here"], ["---"] * 5]
     for claim in CLAIMS:
         leads = claim.leads(found)
-        ahead = _with_interval(leads, lambda value: f"{value:.3g}") if leads else "-"
+        ahead = _with_interval(leads, _said) if leads else "-"
         lines.append([claim.source, claim.text, ahead, f"{len(leads)}", verdict(leads)])
     rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"""## What is claimed, and what agrees
@@ -352,7 +351,11 @@ def _mean(runs: Sequence[Figures], mark: str) -> float | None:
 
 
 def _or_dash(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return "-" if value is None else _said(value)
+
+
+def _said(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _rows_with_the_first(

@@ -81,7 +81,7 @@ def test_advice_changes_sides_with_its_figures(learnt: float, suits: bool, tmp_p
     found = _found(tmp_path, "subjects", shifts=shifts, full={"recognised": 0.9, "drift": 0.2, "bytes": 9e6})
     text = in_short(found)
     use, other = text.split("**Something else suits better**")
-    sentence = f"it is recognised in {learnt:.0%} of new prompts, with all weights in 90%"
+    sentence = f"it is recognised in {learnt:.0%} of new prompts, with all weights in 90%, of which 9.00 MB are kept"
     assert sentence in (use if suits else other)
     assert ("nothing that was looked at here" in other) == suits
 
@@ -91,6 +91,6 @@ def test_the_smallest_file_counts_only_if_the_subject_is_learnt(tmp_path: Path) 
     small = {"recognised": 0.5, "drift": 0.1, "bytes": 50_000}
     big = {"recognised": 1.0, "drift": 0.1, "bytes": 200_000}
     found = _found(tmp_path, "subjects", shifts=shifts, lora1=small, lora4=big)
-    assert "- many small files: 100.0 kB a subject, LoRA r = 4 (200.0 kB) comes next." in in_short(found)
+    assert "- many small files: 0.10 MB a subject, LoRA r = 4 (0.20 MB) comes next." in in_short(found)
     found = _found(tmp_path, "subjects", lora1={**small, "recognised": 0.85})
     assert "- the smallest file of all: LoRA r = 1 (50.0 kB) recognises the subject in 85%" in in_short(found)
