@@ -25,7 +25,7 @@ from .teach import config_of, link_class_images, look, task_of, trained
 
 TOGETHER = 800
 _PROMPTS = 32
-_CAPTION_WEIGHT = 0.1
+_CAPTION_WEIGHT = 1.0
 _ROUNDS = 2  # of each of the scenes that no picture showed
 PAIRS = {
     "mushroom+robot": ("mushroom", "robot"),
