@@ -252,11 +252,12 @@ def _layers(found: Mapping[str, Results], images: str) -> str:
         "agreeing": ("all as asked", percent),
         "unchanged": ("other prompts right", percent),
         "numbers": ("numbers trained", count),
+        "bytes": ("file", size),
     }
     return f"""## Some layers only
 
-Spectral shifts of some layers of the UNet, and of the text encoder but in one row;
-{len(found["layers"].cases())} subjects, {_span(found["layers"])}.
+Spectral shifts of some layers of the UNet, and of the text encoder but in one row; subjects:
+{", ".join(sorted(found["layers"].cases()))}, {_span(found["layers"])}.
 
 {table(_rows_with_the_first(found, "layers", contenders.LAYERS), columns)}"""
 
@@ -269,7 +270,7 @@ def _rates(found: Mapping[str, Results], images: str) -> str:
     }
     return f"""## Learning rates
 
-One subject, {_span(found["rates"])}.
+Subjects: {", ".join(sorted(found["rates"].cases()))}, {_span(found["rates"])}.
 
 {table(_rows_with_the_first(found, "rates", contenders.RATES), columns)}"""
 
