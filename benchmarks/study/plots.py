@@ -176,7 +176,7 @@ def subjects_gallery(found: Results, work: Path, path: Path) -> None:
 
 
 def styles_gallery(found: Results, work: Path, path: Path) -> None:
-    """A picture, and how each contender draws it anew; sheets have eight pictures and then eight drawings."""
+    """A picture, and how each contender draws it anew; sheets have as many drawings as pictures, after them."""
     cases = sorted(found.cases())
     sheets = {
         contender.label if contender else "not learnt": [
@@ -188,20 +188,24 @@ def styles_gallery(found: Results, work: Path, path: Path) -> None:
     if not sheets:
         return
     rows = {"the picture": [(file, 0) for file in next(iter(sheets.values()))]}
-    _gallery(rows | {label: [(file, 8) for file in files] for label, files in sheets.items()}, cases, path)
+    _gallery(rows | {label: [(file, 0.5) for file in files] for label, files in sheets.items()}, cases, path)
 
 
-def _gallery(rows: Mapping[str, Sequence[tuple[Path, int]]], columns: Sequence[str], path: Path) -> None:
-    """A picture of a sheet for each row and column, if the sheets are there: they are kept as pictures, not results."""
+def _gallery(rows: Mapping[str, Sequence[tuple[Path, float]]], columns: Sequence[str], path: Path) -> None:
+    """A picture of a sheet for each row and column, if the sheets are there: they are kept as pictures, not results.
+
+    Which, is told by how much of the sheet stands before it.
+    """
     if not all(file.exists() for row in rows.values() for file, _ in row):
         return
     figure, axes = plt.subplots(
         len(rows), len(columns), figsize=(0.85 * len(columns) + 1.9, 0.85 * len(rows) + 0.3), squeeze=False
     )
     for (label, row), line in zip(rows.items(), axes, strict=True):
-        for (file, index), ax in zip(row, line, strict=True):
+        for (file, before), ax in zip(row, line, strict=True):
             with open_image(file) as sheet:
-                ax.imshow(cut(sheet.convert("RGB"), world.IMAGE_SIZE)[index])
+                pictures = cut(sheet.convert("RGB"), world.IMAGE_SIZE)
+            ax.imshow(pictures[int(before * len(pictures))])
             ax.set_xticks([])
             ax.set_yticks([])
         line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)

@@ -174,6 +174,14 @@ def test_the_page_has_every_table_and_plot(tmp_path: Path) -> None:
         assert (tmp_path / "docs" / "images" / "study" / f"{image}.png").stat().st_size > 5000
 
 
+def test_the_page_in_docs_is_of_the_results_that_are_kept(tmp_path: Path) -> None:
+    """No figure is typed, and none is of earlier results."""
+    root = Path(__file__).parents[2]
+    written = tmp_path / "docs" / "study.md"
+    page.write(root / "benchmarks" / "results" / "study", written, written.parent / "images" / "study", tmp_path)
+    assert written.read_text() == (root / "docs" / "study.md").read_text()
+
+
 def test_a_page_of_nothing_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"run python -m benchmarks\.study first"):
         page.write(tmp_path, tmp_path / "study.md", tmp_path, tmp_path)
