@@ -82,7 +82,7 @@ def leads(
     sign = -1 if lower else 1
     return [
         sign * (ours[key][mark] - theirs[key][against or mark]) + margin
-        for key in ours.keys() & theirs.keys()
+        for key in sorted(ours.keys() & theirs.keys())
         if mark in ours[key] and (against or mark) in theirs[key]
     ]
 
