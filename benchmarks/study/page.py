@@ -42,9 +42,9 @@ def count(values: Sequence[float]) -> str:
 
 
 def _span(results: Results) -> str:
-    """Which seeds there are."""
+    """How many runs, and of which seeds; a study that was stopped has not all of the last."""
     seeds = sorted({run.seed for run in results.runs})
-    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+    return f"{len(results.runs)} runs, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 
 def table(rows: Mapping[str, Sequence[Figures]], columns: Columns) -> str:
