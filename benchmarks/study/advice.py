@@ -118,9 +118,8 @@ def _style(found: Found) -> Advice | None:
         f"{_stylist(name)} ({said_size(_mean(found, 'styles', name, 'bytes'))}) {shares[name]:.0%}" for name in order
     )
     others = [name for name in shares if name not in ("svd_inst", "shifts")]
-    beaten = any(
-        verdict(leads(found, "styles", f"{name}/plain", "svd_inst/plain", "both")) == "holds" for name in others
-    )
+    ahead = (leads(found, "styles", f"{name}/plain", "svd_inst/plain", "both", cases=styles.TAUGHT) for name in others)
+    beaten = "holds" in map(verdict, ahead)
     return Advice(
         not beaten,
         f"a style that the base has never seen, put over other pictures: style shown and shapes kept in {told}.",

@@ -65,6 +65,7 @@ def leads(
     lower: bool = False,
     margin: float = 0.0,
     against: str | None = None,
+    cases: Sequence[str] | None = None,
 ) -> list[float]:
     """By how much a mark of one is above another's, or below it if `lower` is better, and a margin.
 
@@ -77,13 +78,14 @@ def leads(
         lower: whether less is more.
         margin: by which it may be behind.
         against: the other's mark.
+        cases: if not all.
     """
     ours, theirs = figures_of(found[experiment], ahead), figures_of(found[experiment], behind)
     sign = -1 if lower else 1
     return [
         sign * (ours[key][mark] - theirs[key][against or mark]) + margin
         for key in sorted(ours.keys() & theirs.keys())
-        if mark in ours[key] and (against or mark) in theirs[key]
+        if (cases is None or key[0] in cases) and mark in ours[key] and (against or mark) in theirs[key]
     ]
 
 
